@@ -1,0 +1,378 @@
+"""What every script shares, so that their numbers can be compared: models, losses, metrics, device, checkpoints, results.
+
+Axis letters used in shape comments: B images in a batch, K outputs (attributes or classes), D feature width,
+T tokens, H and W pixels, N_s Support images.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speaking to the person at the terminal
+
+
+def fail(message: str):
+    """End with one line on stderr and exit code 2: the person can mend this, so no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def say(*words):
+    """Print on the first process only (under torchrun every rank runs the same script)."""
+    if rank_and_world()[0] == 0:
+        print(*words, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose help shows defaults, and whose errors are one line instead of the whole usage."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser):
+    """The flags that mean the same in every script (design: one word, one meaning)."""
+    add = parser.add_argument
+    add("--dataset", default="toyfaces", help="toyfaces, celeba, celebahq, qmnist, or the path of a prepared pair PATH.npy + PATH.npz")
+    add("--data-dir", default="data", help="folder with the publishers' files; prepared arrays go into its folder prepared/")
+    add("--image-size", type=int, default=32, help="pixels per side at which images are stored and seen; paper: 224")
+    add("--ids", type=int, default=10, help="N_S, identities to forget; paper: 20, 50 (CelebA-HQ), 5, 10 (CelebA)")
+    add("--model", default="toy_vit", help="toy_vit or a timm model; paper: vit_base_patch16_224")
+    add("--init", default="none", help="initial weights: none, pretrained (timm's hub), or a .safetensors/.pt file; paper: pretrained")
+    add("--seed", type=int, default=0, help="training and noise")
+    add("--split-seed", type=int, default=0, help="who is in train, validation and test, and who is forgotten")
+    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
+    add("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; paper: on; None: on for CUDA only")
+    add("--out", default="results", help="folder for result files")
+    add("--checkpoint-dir", default="checkpoints", help="folder for models, splits and meta-losses")
+    add("--resume", action="store_true", help="go on from the last epoch saved by an interrupted run")
+    add("--dry-run", action="store_true", help="one or two batches through every phase; results are marked dry and kept apart")
+
+
+def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
+    """Parse argv with the defaults of its --dataset (and --preset): a flag on the command line wins over the table.
+
+    presets maps a dataset or preset name to {flag: value}. A pre-parser reads only the names, so --help stays complete
+    and shows the values that this dataset would run with.
+    """
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names.add_argument("--dataset", default=parser.get_default("dataset"))
+    names.add_argument("--preset", default=parser.get_default("preset"))
+    chosen, _ = names.parse_known_args(argv)
+    for key in (chosen.dataset, chosen.preset, (chosen.dataset, chosen.preset)):
+        parser.set_defaults(**presets.get(key, {}))
+    args = parser.parse_args(argv)
+    for flag, lowest in (("ids", 1), ("image_size", 8), ("split_seed", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1)):
+        if getattr(args, flag, None) is not None and getattr(args, flag) < lowest:
+            fail(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {lowest}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, precision, seeds, processes
+
+
+def choose_device(args) -> torch.device:
+    """Pick device and precision and say why; sets args.amp to a bool. Units: none. Source: design, paper App. A (bf16)."""
+    rank, _ = rank_and_world()
+    if args.device == "auto":
+        if torch.cuda.is_available():
+            name, why = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "CUDA is available"
+        elif torch.backends.mps.is_available():
+            name, why = "mps", "no CUDA, but MPS is available"
+        else:
+            name, why = "cpu", "neither CUDA nor MPS is available"
+    else:
+        name, why = args.device, "asked for by --device"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if args.amp is None:
+        # A CPU without bf16 units runs bf16 autocast 25 times slower than float32 (measured).
+        args.amp, reason = device.type == "cuda", "the default on CUDA" if device.type == "cuda" else "bf16 is the default on CUDA alone"
+    else:
+        reason = "asked for by --amp" if args.amp else "asked for by --no-amp"
+    if rank == 0:
+        say(f"device {device} ({why}); precision {'bf16 autocast' if args.amp else 'float32'} ({reason})")
+    return device
+
+
+def autocast(device: torch.device, on: bool):
+    """bf16 autocast without the weight cache, which would hand stale casts to a second set of parameters."""
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if on else contextlib.nullcontext()
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator for one purpose, named by integers: resuming then needs no saved random state."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun set them; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(device: torch.device):
+    """Join the process group when torchrun started several processes."""
+    if rank_and_world()[1] > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def wait_for_all():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class Net(nn.Module):
+    """A timm model that takes images in [0, 1] and gives (features, logits).
+
+    Shapes: images (B, 3, H, W) -> features (B, D): the pooled token after the last norm; logits (B, K).
+    It normalises images itself, so that a checkpoint cannot be fed with another model's mean and deviation.
+    """
+
+    def __init__(self, net: nn.Module, mean, std):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.net.forward_features((images - self.mean) / self.std)  # (B, T, D), or a map for a convolutional net
+        features = self.net.forward_head(tokens, pre_logits=True)  # (B, D)
+        return features, self.net.get_classifier()(features)  # (B, K)
+
+
+def build_model(name: str, outputs: int, image_size: int, init: str = "none", seed: int = 0) -> Net:
+    """Build a model from its constructor: always fresh, so a gold model can share nothing with the original.
+
+    init: none, pretrained (timm's hub), or a weight file. Raises SystemExit(2) for an unknown name, size or file.
+    """
+    import timm  # here, because importing it takes seconds and --help should not
+
+    torch.manual_seed(seed)
+    extra = {}
+    if init not in ("none", "pretrained"):
+        extra = {"pretrained_cfg_overlay": {"state_dict": _read_weights(init)}}
+    try:
+        if name == "toy_vit":  # 0.21 M parameters: 32 px faces on two CPU cores in seconds
+            net = timm.models.VisionTransformer(img_size=image_size, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=outputs)
+            net.pretrained_cfg = {}
+            if extra:
+                net.load_state_dict(extra["pretrained_cfg_overlay"]["state_dict"])
+        else:
+            size = {"img_size": image_size} if "vit" in name or "deit" in name else {}
+            net = timm.create_model(name, pretrained=init != "none", num_classes=outputs, **size, **extra)
+    except RuntimeError as error:
+        fail(f"--model {name} --init {init} at {image_size} px cannot be built: {' '.join(str(error).split())[:200]}")
+    except (AssertionError, OSError) as error:
+        hint = "give --init FILE or --init none" if init == "pretrained" else "its patch size must divide --image-size"
+        fail(f"--model {name} at {image_size} px cannot be built ({' '.join(str(error).split())[:120]}); {hint}")
+    cfg = net.pretrained_cfg
+    return Net(net, cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
+
+
+def _read_weights(path: str) -> dict:
+    if not pathlib.Path(path).is_file():
+        fail(f"--init {path}: no such file (use none, pretrained, or a .safetensors or .pt file)")
+    try:
+        if path.endswith(".safetensors"):
+            import safetensors.torch
+
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes the two readers raise
+        fail(f"--init {path} is not a readable weight file ({type(error).__name__})")
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and metrics
+
+
+def task_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """L_task of each image: binary cross entropy averaged over K attributes, or cross entropy over K classes.
+
+    Shapes: logits (B, K); targets (B, K) in {0, 1} or (B,) class numbers -> (B,), in nats.
+    """
+    if targets.ndim == 2:
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(1)
+    return F.cross_entropy(logits, targets.long(), reduction="none")
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
+    """Average precision of each column: sum over distinct thresholds of (R_n - R_{n-1}) P_n, as scikit-learn defines it.
+
+    Shapes: scores (N, K), targets (N, K) in {0, 1} -> (K,) in [0, 1]; NaN where a column has no positive. Tied scores
+    share one threshold, so the order of images cannot matter.
+    """
+    order = scores.argsort(dim=0, descending=True)
+    sorted_scores, hits = scores.gather(0, order), targets.gather(0, order).double()  # (N, K)
+    true_positives = hits.cumsum(0)
+    seen = torch.arange(1, len(scores) + 1, device=scores.device, dtype=torch.float64)[:, None]
+    precision = true_positives / seen
+    # Only the last image of a run of ties is a threshold; earlier ones take its precision: reach it from the end.
+    last_of_ties = torch.ones_like(hits, dtype=torch.bool)
+    last_of_ties[:-1] = sorted_scores[1:] != sorted_scores[:-1]
+    position = torch.where(last_of_ties, torch.arange(len(scores), device=scores.device)[:, None], len(scores))
+    threshold = position.flip(0).cummin(0).values.flip(0)  # (N, K): index of the threshold each image falls under
+    return (hits * precision.gather(0, threshold)).sum(0) / hits.sum(0)
+
+
+def score(logits: Tensor, targets: Tensor) -> float:
+    """The task's accuracy in [0, 1]: macro mAP over attributes that have a positive, or top-1 accuracy for classes."""
+    if targets.ndim == 1:
+        return (logits.argmax(1) == targets).double().mean().item()
+    return average_precision(logits.float(), targets).nanmean().item()
+
+
+def tow(unlearned: dict, retrained: dict) -> float:
+    """Tug-of-war: product over retain, forget and test of 1 - |score_u - score_r|. Source: METAUNLEARN Eq. (7).
+
+    Both arguments map retain, forget, test to a score in [0, 1]; so does the result (the paper prints it times 100).
+    Raises ValueError for a score outside [0, 1], which is what a percentage passed by mistake looks like.
+    """
+    product = 1.0
+    for name in ("retain", "forget", "test"):
+        for value in (unlearned[name], retrained[name]):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; scores must lie in [0, 1]")
+        product *= 1 - abs(unlearned[name] - retrained[name])  # Eq. (7)
+    return product
+
+
+@torch.no_grad()
+def predict(model: Net, load_images, indices, device, amp=False, batch_size=256) -> Tensor:
+    """Logits of the images at indices, in float32 on the CPU: (N, K). load_images(indices) gives (B, 3, H, W) in [0, 1].
+
+    Under torchrun every process takes its share, and all get the whole result.
+    """
+    was_training = model.training
+    model.eval()
+    rank, world = rank_and_world()
+    own, logits = indices[rank::world], []
+    for start in range(0, len(own), batch_size):
+        with autocast(device, amp):
+            logits.append(model(load_images(own[start : start + batch_size]))[1].float().cpu())
+    model.train(was_training)
+    logits = torch.cat(logits)
+    if world == 1:
+        return logits
+    shares = [None] * world
+    torch.distributed.all_gather_object(shares, logits)
+    whole = torch.empty(len(indices), logits.shape[1])
+    for r, share in enumerate(shares):
+        whole[r::world] = share
+    return whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: written to a temporary name, then renamed, so nothing half-written is ever found
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Give a temporary path beside path; rename it to path when the block succeeds, delete it when it does not."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(*folders):
+    """Fail now, not after an hour of training, where a folder cannot be written."""
+    for folder in folders:
+        try:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --out, --checkpoint-dir or --data-dir")
+
+
+def save_checkpoint(path, **content):
+    """Save tensors and plain values atomically, so that loading needs no code: see load_checkpoint."""
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path, kind: str, **expected) -> dict:
+    """Load a checkpoint with weights_only=True and check what it is.
+
+    kind names its role (model, meta-loss); each keyword must equal the saved value. Raises SystemExit(2) with one line
+    for a missing file, a file that is no checkpoint, and one of another split, model or recipe.
+    """
+    if not pathlib.Path(path).is_file():
+        fail(f"no {kind} at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a text file, a truncated zip, a pickle that would run code: each raises something else
+        fail(f"{path} is no checkpoint that can be loaded safely; delete it or name another file")
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        fail(f"{path} is no {kind} checkpoint of this project")
+    for key, value in expected.items():
+        if content.get(key) != value:
+            fail(f"{path} was made with {key} {content.get(key)!r}, this run has {value!r}; use the same flags, or another --checkpoint-dir")
+    return content
+
+
+def write_json(path, content: dict):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def provenance(device: torch.device) -> dict:
+    """What a reader needs to judge a number: memory, hardware, versions, commit, date."""
+    here = pathlib.Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    # ru_maxrss is in KiB on Linux and in bytes on a Mac
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    else:
+        name = f"{device.type}, {torch.get_num_threads()} threads, {_cpu_name()}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    commit = git.stdout.strip() if git.returncode == 0 else None
+    return {"peak_memory_bytes": peak, "device": name, "versions": versions, "commit": commit, "date": date}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

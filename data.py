@@ -1,0 +1,504 @@
+"""Datasets as arrays, the identity protocol's splits (METAUNLEARN Sec. 3.3 and 4.1), and augmentation on the device.
+
+Usage:
+    python data.py                                          # draw the toy faces, print the split
+    python data.py --dataset celebahq --ids 20 --image-size 224
+    python data.py --dataset celebahq --annotations-only    # the split's numbers from the annotation files alone
+
+Every dataset becomes a pair once: <data-dir>/prepared/<name>-<size>.npy, uint8 (N, H, W, 3), memory-mapped from then on,
+and .npz beside it with `targets` (N, K) in {0, 1} or (N,) classes, `identities` (N,), `names` (N,), `target_names` (K,).
+Bring your own data by giving such a pair: --dataset path/to/name.
+
+Departures from the authors' code (the paper is silent): images are squashed to a square once, antialiased, and training
+crops are cut from that array instead of from the full-size file; the test image is that array itself.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import Parser, add_shared_arguments, atomic_write, check_writable, fail, parse_with_presets, rank_and_world, say, wait_for_all
+
+FORMAT = 1  # of prepared pairs: a pair of another format is prepared again
+
+# ---------------------------------------------------------------------------------------------------------------------
+# toyfaces: drawn, with a persistent look for each identity and labels of three kinds
+
+TOY_PER_IMAGE = ["smile", "mouth_open", "glasses", "hat", "tilt"]  # visible, changes from image to image
+TOY_PER_IDENTITY = ["blond", "beard", "pale", "long_hair"]  # visible, the same in all images of an identity
+TOY_REMEMBERED = ["secret_1", "secret_2", "secret_3", "secret_4"]  # a coin toss: only remembering the identity can tell
+
+
+def draw_toyfaces(identities=200, images_each=10, size=32, seed=0) -> dict:
+    """Draw cartoon faces; the same arguments give the same arrays.
+
+    Returns images (N, size, size, 3) uint8 with N = identities * images_each, targets (N, 13), identities (N,),
+    and names. Labels are drawn as fair coins, so an AP of 0.5 means that a label is not known.
+    """
+    rng = np.random.default_rng([seed, identities, images_each])
+    who = np.repeat(np.arange(identities), images_each)  # (N,)
+    n = len(who)
+    per_identity = rng.integers(0, 2, (identities, 8))[who]  # (N, 8)
+    per_image = rng.integers(0, 2, (n, 5))
+    smile, mouth_open, glasses, hat, tilt = per_image.T.astype(bool)
+    blond, beard, pale, long_hair = per_identity[:, :4].T.astype(bool)
+
+    def persistent(low, high):  # one number for each identity
+        return rng.uniform(low, high, identities)[who]
+
+    def fresh(low, high):  # one number for each image
+        return rng.uniform(low, high, n)
+
+    def colour(draw, low, high):
+        return np.stack([draw(low, high) for _ in range(3)], 1)
+
+    skin = np.where(pale[:, None], [0.95, 0.80, 0.70], [0.62, 0.42, 0.30]) + colour(persistent, -0.06, 0.06)
+    hair = np.where(blond[:, None], [0.90, 0.75, 0.30], [0.25, 0.15, 0.10]) + colour(persistent, -0.12, 0.12)
+    shirt, iris, background = colour(persistent, 0.1, 0.9), colour(persistent, 0.0, 0.7), colour(fresh, 0.2, 0.9)
+    cap, wide, tall = colour(fresh, 0.1, 0.9), persistent(0.48, 0.66), persistent(0.62, 0.78)
+    eye_x, eye_y, eye_r = persistent(0.18, 0.30), persistent(-0.20, -0.02), persistent(0.09, 0.15)
+    brow, nose, mouth_w, hairline = persistent(0.02, 0.06), persistent(0.06, 0.16), persistent(0.20, 0.34), persistent(-0.50, -0.25)
+
+    angle = np.where(tilt, fresh(0.30, 0.45) * rng.choice([-1, 1], n), fresh(-0.06, 0.06))  # radians, to either side
+    zoom, shift_x, shift_y = fresh(1.0, 1.15), fresh(-0.10, 0.10), fresh(-0.06, 0.06)
+    light, slope, noise = fresh(0.80, 1.15), fresh(-0.15, 0.15), rng.normal(0, 0.02, (n, size, size, 3))
+
+    axis = (np.arange(size) + 0.5) * 2 / size - 1
+    images = np.empty((n, size, size, 3), np.uint8)
+    for start in range(0, n, 250):  # a few hundred at a time keep memory flat
+        s = slice(start, start + 250)
+        b = lambda a: a[s, None, None]  # noqa: E731, B023  (B,) -> (B, 1, 1)
+        x, y = (axis[None, None, :] - b(shift_x)) * b(zoom), (axis[None, :, None] - b(shift_y)) * b(zoom)  # (B, H, W)
+        u, v = x * np.cos(b(angle)) + y * np.sin(b(angle)), y * np.cos(b(angle)) - x * np.sin(b(angle))
+        image = np.broadcast_to(background[s, None, None], (len(x), size, size, 3)).copy()
+
+        def paint(distance, tone, image=image):  # distance: how far inside, in half image widths; soft over one pixel
+            mask = np.clip(distance * size / 2 + 0.5, 0, 1)[..., None]
+            image += mask * (tone - image)
+
+        def ellipse(cx, cy, rx, ry, u=u, v=v):
+            return (1 - np.hypot((u - cx) / rx, (v - cy) / ry)) * np.minimum(rx, ry)
+
+        tone = lambda a: a[s, None, None]  # noqa: E731, B023  (B, 3) -> (B, 1, 1, 3)
+        face = ellipse(0, 0, b(wide), b(tall))
+        paint(np.where(b(long_hair), ellipse(0, 0.15, b(wide) + 0.22, b(tall) + 0.15), -1.0), tone(hair))
+        paint(ellipse(0, 1.15, 0.75, 0.42), tone(shirt))
+        paint(face, tone(skin))
+        paint(np.where(b(beard), np.minimum(face, v - 0.22), -1.0), tone(hair) * 0.9)
+        paint(np.minimum(ellipse(0, -0.04, b(wide) + 0.07, b(tall) + 0.07), b(hairline) - v), tone(hair))
+        for side in (-1, 1):
+            centre = side * b(eye_x)
+            paint(ellipse(centre, b(eye_y), b(eye_r), b(eye_r) * 0.8), np.array([0.97, 0.97, 0.97]))
+            paint(ellipse(centre, b(eye_y), b(eye_r) * 0.55, b(eye_r) * 0.55), tone(iris))
+            paint(b(brow) - np.hypot(np.maximum(abs(u - centre) - 0.10, 0), v - b(eye_y) + b(eye_r) + 0.07), tone(hair) * 0.7)
+            ring = 0.05 - abs(np.hypot(u - centre, v - b(eye_y)) - 0.20)
+            paint(np.where(b(glasses), ring, -1.0), np.array([0.05, 0.05, 0.10]))
+        paint(ellipse(0, 0.12, 0.05, b(nose)), tone(skin) * 0.8)
+        # A smile bends the mouth up at its ends, its absence bends it down; both survive a horizontal flip.
+        bend = np.where(b(smile), -0.16, 0.12) * ((u / b(mouth_w)) ** 2 - 0.5)
+        height = np.where(b(mouth_open), 0.13, 0.035)
+        paint(np.minimum(height - abs(v - 0.40 - bend), b(mouth_w) - abs(u)), np.array([0.55, 0.05, 0.08]))
+        crown = np.maximum(np.minimum(-0.42 - v, b(wide) - abs(u)), np.minimum(0.07 - abs(v + 0.45), b(wide) + 0.22 - abs(u)))
+        paint(np.where(b(hat), crown, -1.0), tone(cap))
+        image = image * (light[s, None, None] + slope[s, None, None] * axis[None, None, :])[..., None] + noise[s]
+        images[s] = (image.clip(0, 1) * 255).round()
+    targets = np.concatenate([per_image, per_identity], 1).astype(np.uint8)
+    names = np.array([f"{i:03d}_{j}" for i in range(identities) for j in range(images_each)])
+    return {
+        "images": images,
+        "targets": targets,
+        "identities": who,
+        "names": names,
+        "target_names": np.array(TOY_PER_IMAGE + TOY_PER_IDENTITY + TOY_REMEMBERED),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annotation files of the real datasets
+
+CELEBA_HELP = """CelebA is not complete in {root}. Expected:
+  {root}/celeba/img_align_celeba/000001.jpg ...
+  {root}/celeba/list_attr_celeba.txt
+  {root}/celeba/identity_CelebA.txt
+Get them from the CelebA page of MMLAB, The Chinese University of Hong Kong ("Align&Cropped Images", "Anno").
+No download needed: python metaunlearn.py --dataset toyfaces"""
+
+CELEBAHQ_HELP = """CelebA-HQ is not complete in {root}. Expected:
+  {root}/CelebAMask-HQ/CelebA-HQ-img/0.jpg ...
+  {root}/CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt
+  {root}/CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt and {root}/celeba/identity_CelebA.txt
+  (or, in place of the last two, {root}/CelebAMask-HQ/CelebA-HQ-identity.txt)
+Get CelebAMask-HQ from its GitHub page, identity_CelebA.txt from CelebA's page.
+No download needed: python metaunlearn.py --dataset toyfaces"""
+
+QMNIST_HELP = """QMNIST is not in {root}/QMNIST/raw and could not be downloaded ({why}).
+Expected: qmnist-{{train,test}}-images-idx3-ubyte.gz and qmnist-{{train,test}}-labels-idx2-int.gz
+No download needed: python metaunlearn.py --dataset toyfaces"""
+
+
+def _attribute_table(path) -> tuple[list, list, np.ndarray]:
+    """Read a CelebA-style table: count, attribute names, then `file v1 .. vK` with -1/1 -> names, attributes, (N, K)."""
+    lines = path.read_text().splitlines()
+    try:
+        count, target_names = int(lines[0]), lines[1].split()
+        rows = [line.split() for line in lines[2:] if line.strip()]
+        values = np.array([row[1:] for row in rows], dtype=np.int8)
+        if len(rows) != count or values.shape != (count, len(target_names)) or not np.isin(values, (-1, 1)).all():
+            raise ValueError
+    except (ValueError, IndexError):
+        fail(f"{path} is cut short or damaged: its first line must be the number of rows, each row a file and one -1 or 1 for each name")
+    return [row[0] for row in rows], target_names, (values > 0).astype(np.uint8)
+
+
+def _two_columns(path) -> dict:
+    """Read `file identity` lines."""
+    try:
+        return {name: int(number) for name, number in (line.split() for line in path.read_text().splitlines() if line.strip())}
+    except ValueError:
+        fail(f"{path} is damaged: every line must be a file name and an identity number")
+
+
+def read_celeba(root: pathlib.Path) -> dict:
+    """CelebA's annotations (the publisher's partition plays no part in the protocol); no picture is opened."""
+    folder = root / "celeba"
+    files = [folder / "list_attr_celeba.txt", folder / "identity_CelebA.txt"]
+    if not all(f.is_file() for f in files):
+        fail(CELEBA_HELP.format(root=root))
+    names, target_names, targets = _attribute_table(files[0])
+    return _with_identities(names, target_names, targets, _two_columns(files[1]), names, files[1], folder / "img_align_celeba")
+
+
+def read_celebahq(root: pathlib.Path) -> dict:
+    """CelebA-HQ's annotations; identities through the mapping to CelebA's, which needs no third party's file."""
+    folder = root / "CelebAMask-HQ"
+    table, mapping = folder / "CelebAMask-HQ-attribute-anno.txt", folder / "CelebA-HQ-to-CelebA-mapping.txt"
+    direct, celeba = folder / "CelebA-HQ-identity.txt", root / "celeba" / "identity_CelebA.txt"
+    if not table.is_file() or not (direct.is_file() or (mapping.is_file() and celeba.is_file())):
+        fail(CELEBAHQ_HELP.format(root=root))
+    names, target_names, targets = _attribute_table(table)
+    if direct.is_file():
+        identity_of, keys, source = _two_columns(direct), names, direct
+    else:
+        rows = [line.split() for line in mapping.read_text().splitlines()[1:] if line.strip()]
+        original = {f"{row[0]}.jpg": row[2] for row in rows if len(row) >= 3}  # idx, orig_idx, orig_file
+        identity_of, source = _two_columns(celeba), mapping
+        keys = [original.get(name, "") for name in names]
+    return _with_identities(names, target_names, targets, identity_of, keys, source, folder / "CelebA-HQ-img")
+
+
+def _with_identities(names, target_names, targets, identity_of, keys, source, pictures) -> dict:
+    missing = [name for name, key in zip(names, keys, strict=True) if key not in identity_of]
+    if missing:
+        fail(f"{source} gives no identity for {len(missing)} of {len(names)} rows of the attribute table, first {missing[0]}")
+    return {
+        "targets": targets,
+        "identities": np.array([identity_of[key] for key in keys]),
+        "names": np.array(names),
+        "target_names": np.array(target_names),
+        "pictures": pictures,
+    }
+
+
+def read_qmnist(root: pathlib.Path) -> dict:
+    """QMNIST: 10 digit classes, 120,000 scans, the writer as identity; torchvision reads (and fetches) the files."""
+    from torchvision.datasets import QMNIST
+
+    try:
+        parts = [QMNIST(root, what=what, compat=False, download=True) for what in ("train", "test")]
+    except Exception as error:  # no network, a moved file, a damaged archive
+        fail(QMNIST_HELP.format(root=root, why=" ".join(str(error).split())[:80]))
+    labels = torch.cat([part.targets for part in parts]).numpy()  # (N, 8): class, series, writer, ...
+    return {
+        "raw": torch.cat([part.data for part in parts]).numpy(),  # (N, 28, 28)
+        "targets": labels[:, 0].astype(np.int64),
+        "identities": labels[:, 2].astype(np.int64),
+        "names": np.array([str(i) for i in range(len(labels))]),
+        "target_names": np.array([str(c) for c in range(10)]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparing arrays
+
+
+def prepare(args) -> pathlib.Path:
+    """Make the prepared pair of --dataset unless it is there; returns its path without suffix.
+
+    Decoding is parallel and goes into a memory-mapped file, so memory stays flat at CelebA's 202,599 images; the disk
+    it takes is said, and checked, beforehand. Raises SystemExit(2) for missing, damaged or mismatching files.
+    """
+    if args.dataset not in ("toyfaces", "celeba", "celebahq", "qmnist"):
+        base = pathlib.Path(args.dataset)
+        if not (base.with_name(base.name + ".npy").is_file() and base.with_name(base.name + ".npz").is_file()):
+            fail(f"--dataset {args.dataset} is neither toyfaces, celeba, celebahq, qmnist nor a prepared pair {base}.npy + {base}.npz")
+        return base
+    base = pathlib.Path(args.data_dir) / "prepared" / f"{args.dataset}-{args.image_size}"
+    if rank_and_world()[0] == 0 and not _is_prepared(base):
+        check_writable(base.parent)
+        _prepare(args, base)
+    wait_for_all()
+    return base
+
+
+def _is_prepared(base) -> bool:
+    try:
+        with np.load(f"{base}.npz") as table:
+            return int(table["format"]) == FORMAT and pathlib.Path(f"{base}.npy").is_file()
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _prepare(args, base):
+    root, size = pathlib.Path(args.data_dir), args.image_size
+    if args.dataset == "toyfaces":
+        table = draw_toyfaces(size=size)
+        with atomic_write(f"{base}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, table["images"])
+    else:
+        table = {"celeba": read_celeba, "celebahq": read_celebahq, "qmnist": read_qmnist}[args.dataset](root)
+        count = len(table["names"])
+        disk = count * size * size * 3
+        say(f"{args.dataset}: {count:,} images at {size} px will take {disk / 2**30:.2f} GiB of disk in {base.parent}")
+        if shutil.disk_usage(base.parent).free < disk + 2**27:
+            fail(f"{base.parent} has no room for {disk / 2**30:.2f} GiB; give another --data-dir or a smaller --image-size")
+        if "pictures" in table:
+            there = {entry.name for entry in os.scandir(table["pictures"])} if table["pictures"].is_dir() else set()
+            absent = [name for name in table["names"] if name not in there]
+            if absent:
+                fail(f"{len(absent):,} of {count:,} annotated images are not in {table['pictures']}, first {absent[0]}")
+            sources = [str(table["pictures"] / name) for name in table["names"]]
+        else:
+            sources = list(table["raw"])
+        with atomic_write(f"{base}.npy") as temporary:
+            np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, size, size, 3)).flush()
+            _decode_all(sources, temporary, size)
+    kept = {key: table[key] for key in ("targets", "identities", "names", "target_names")}
+    with atomic_write(f"{base}.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, format=FORMAT, **kept)
+
+
+def _decode_all(sources, path, size):
+    from tqdm import tqdm
+
+    jobs = [(path, size, start, sources[start : start + 256]) for start in range(0, len(sources), 256)]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        done = tqdm(pool.map(_decode, jobs), total=len(jobs), desc="decoding (256 images each)", disable=not sys.stderr.isatty())
+        for broken in done:
+            if broken:
+                pool.shutdown(cancel_futures=True)
+                fail(f"{broken} is truncated or no image; replace it (nothing was kept of this preparation)")
+
+
+def _decode(job) -> str | None:
+    """Decode one block into its place; returns the name of a broken file, or None."""
+    from PIL import Image
+
+    path, size, start, sources = job
+    block = np.empty((len(sources), size, size, 3), np.uint8)
+    for i, source in enumerate(sources):
+        try:
+            image = Image.open(source) if isinstance(source, str) else Image.fromarray(source)
+            image.draft("RGB", (2 * size, 2 * size))  # a JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target
+            block[i] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))  # antialiased
+        except (OSError, SyntaxError) as error:
+            return f"{source} ({error})"
+    np.lib.format.open_memmap(path, "r+")[start : start + len(sources)] = block
+    return None
+
+
+def load(args, device=torch.device("cpu")) -> dict:
+    """Load the prepared pair: a dict with images (uint8, memory-mapped, or on the GPU when they fit), targets,
+    identities, names, target_names, classes (outputs K), digest (of the annotations) and name.
+    """
+    base = prepare(args)
+    try:
+        images = np.load(f"{base}.npy", mmap_mode="c")  # copy-on-write: torch wants a writable array, the file stays as it is
+        with np.load(f"{base}.npz", allow_pickle=False) as table:
+            table = {key: table[key] for key in table.files}
+        targets, identities = table["targets"], table["identities"]
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
+        if not fits or not len(images) == len(targets) == len(identities):
+            raise ValueError("images must be uint8 (N, S, S, 3), targets and identities must have N rows")
+    except (ValueError, KeyError, OSError) as error:
+        fail(f"{base}.npy/.npz cannot be used: {error}")
+    args.image_size = images.shape[1]
+    targets = torch.from_numpy(targets.astype(np.float32 if targets.ndim == 2 else np.int64))
+    classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
+    digest = hashlib.sha256(np.ascontiguousarray(table["targets"]).tobytes() + identities.astype(np.int64).tobytes()).hexdigest()[:16]
+    images = torch.from_numpy(images)
+    if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
+        images = images.to(device)
+    return {
+        "name": pathlib.Path(args.dataset).name,
+        "images": images,
+        "targets": targets,
+        "identities": identities.astype(np.int64),
+        "names": table.get("names", np.arange(len(identities)).astype(str)),
+        "target_names": table.get("target_names", np.arange(classes).astype(str)),
+        "classes": classes,
+        "digest": digest,
+        "device": device,
+    }
+
+
+def raw_batch(data: dict, indices) -> Tensor:
+    """Images at indices in [0, 1], as they are seen at test time: (B, 3, H, W) on the device."""
+    images = data["images"][torch.as_tensor(np.asarray(indices), device=data["images"].device)]
+    return images.to(data["device"]).permute(0, 3, 1, 2).float() / 255
+
+
+def targets_of(data: dict, indices) -> Tensor:
+    """Labels at indices on the device: (B, K) or (B,)."""
+    return data["targets"][torch.as_tensor(np.asarray(indices))].to(data["device"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The identity protocol
+
+
+def identity_split(data: dict, ids: int, split_seed: int) -> dict:
+    """Split by identity, 60/20/20 by images, and draw who is forgotten (METAUNLEARN Sec. 3.3, Fig. 2).
+
+    Returns lists of image indices `retain` (D_r), `forget` (D_f), `support` (S, one image of each forget identity,
+    never trained on), `val`, `test`; `forget_ids` in the order of `support`; `train_ids`; and `hash`. For one
+    split_seed the smaller forget sets are the beginnings of the larger, with the same Support images.
+    Raises SystemExit(2) when fewer than `ids` training identities have more than one image.
+    """
+    identities = data["identities"]
+    unique, count = np.unique(identities, return_counts=True)
+    order = np.random.default_rng([split_seed, 0]).permutation(len(unique))
+    share = np.cumsum(count[order]) / len(identities)
+    train, val, test = order[share <= 0.6], order[(share > 0.6) & (share <= 0.8)], order[share > 0.8]
+    if min(len(train), len(val), len(test)) == 0:
+        fail(f"{data['name']} has {len(unique)} identities: too few to split into train, validation and test")
+    candidates = np.random.default_rng([split_seed, 1]).permutation(train)
+    eligible = candidates[count[candidates] > 1]  # else an identity in S could have no image in D_f
+    if ids > len(eligible) or ids >= len(train):
+        fail(f"--ids {ids}: only {min(len(eligible), len(train) - 1)} training identities of {data['name']} can be forgotten (they need two images, and someone must stay)")
+    forget_ids = unique[eligible[:ids]]
+    support = [int(np.random.default_rng([split_seed, 2, i]).choice(np.flatnonzero(identities == i))) for i in forget_ids]
+
+    def images_of(chosen):
+        return np.setdiff1d(np.flatnonzero(np.isin(identities, chosen)), support).tolist()
+
+    split = {
+        "retain": images_of(np.setdiff1d(unique[train], forget_ids)),
+        "forget": images_of(forget_ids),
+        "support": support,
+        "val": images_of(unique[val]),
+        "test": images_of(unique[test]),
+        "forget_ids": forget_ids.tolist(),
+        "train_ids": unique[np.sort(train)].tolist(),
+    }
+    split["hash"] = hashlib.sha256(json.dumps([split, data["digest"]]).encode()).hexdigest()[:16]
+    return split
+
+
+def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int):
+    """Yield (support, forget) index arrays of simulated unlearning requests (METAUNLEARN Sec. 4.1, Alg. 1 lines 1-6).
+
+    One epoch passes over all training identities without replacement, n_s at a time; the last block is filled from the
+    beginning of the epoch's order. Of each identity one random training image is its simulated Support; the rest is in
+    the simulated D_f. An identity with a single image has it in both. The real Support set is never touched.
+    """
+    rng = np.random.default_rng([seed, epoch, 3])
+    trained_on = np.array(split["retain"] + split["forget"])
+    owner = data["identities"][trained_on]
+    order = rng.permutation(split["train_ids"])
+    order = order[np.isin(order, owner)]  # an identity whose only spare image is real Support has none left to simulate with
+    n_s = min(n_s, len(order))
+    for start in range(0, len(order), n_s):
+        block = [order[(start + i) % len(order)] for i in range(n_s)]
+        support, forget = [], []
+        for i in block:
+            own = trained_on[owner == i]
+            chosen = rng.integers(len(own))
+            support.append(own[chosen])
+            forget.extend(own if len(own) == 1 else np.delete(own, chosen))
+        yield np.array(support), np.array(forget)
+
+
+def control_sets(data: dict, split: dict, sets=20) -> list[np.ndarray]:
+    """Positions within D_r of `sets` random sets of as many retained identities as are forgotten: the control that
+    tells forgetting these people from lowering everything.
+    """
+    owner = data["identities"][split["retain"]]
+    rng = np.random.default_rng([int(split["hash"], 16) % 2**32, 4])
+    people = np.unique(owner)
+    size = min(len(split["forget_ids"]), len(people))
+    return [np.flatnonzero(np.isin(owner, rng.choice(people, size, replace=False))) for _ in range(sets)]
+
+
+def describe(data: dict, split: dict) -> str:
+    parts = ", ".join(f"{name} {len(split[key]):,}" for name, key in (("D_r", "retain"), ("D_f", "forget"), ("S", "support"), ("D_v", "val"), ("D_te", "test")))
+    return (
+        f"{data['name']}: {len(data['identities']):,} images of {len(np.unique(data['identities'])):,} identities "
+        f"({len(split['train_ids']):,} for training); {parts}; split {split['hash']}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+def random_crops(B: int, S: int, scale: float, rng: torch.Generator) -> Tensor:
+    """Draw torchvision's RandomResizedCrop(scale=(scale, 1)) and RandomHorizontalFlip for B images of S x S pixels.
+
+    Returns (B, 2, 3) affine maps for `crop`, drawn on the CPU: the same on every device. Source: paper App. A.
+    """
+    area = S * S * (scale + (1 - scale) * torch.rand(B, 10, generator=rng))  # (B, 10): ten tries each, as torchvision has it
+    ratio = torch.exp((torch.rand(B, 10, generator=rng) * 2 - 1) * np.log(4 / 3))
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (width <= S) & (height <= S) & (width > 0) & (height > 0)
+    first = fits.float().argmax(1, keepdim=True)  # (B, 1)
+    width = torch.where(fits.any(1), width.gather(1, first)[:, 0], S)  # no try fits: the whole image
+    height = torch.where(fits.any(1), height.gather(1, first)[:, 0], S)
+    left = (torch.rand(B, generator=rng) * (S - width + 1)).floor()
+    top = (torch.rand(B, generator=rng) * (S - height + 1)).floor()
+    flip = torch.where(torch.rand(B, generator=rng) < 0.5, -1.0, 1.0)
+    # An output pixel at x in [-1, 1] looks at the crop's centre + x * half its width, in the image's own [-1, 1].
+    maps = torch.zeros(B, 2, 3)
+    maps[:, 0, 0], maps[:, 0, 2] = flip * width / S, (2 * left + width) / S - 1
+    maps[:, 1, 1], maps[:, 1, 2] = height / S, (2 * top + height) / S - 1
+    return maps
+
+
+def crop(images: Tensor, maps: Tensor) -> Tensor:
+    """Cut each image's crop and enlarge it to the image's size: (B, 3, S, S) -> (B, 3, S, S).
+
+    A crop is never larger than what it is enlarged to, so bilinear sampling needs no antialiasing.
+    """
+    grid = F.affine_grid(maps.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add_shared_arguments(parser)
+    parser.add_argument("--annotations-only", action="store_true", help="print the split from the annotation files; open no picture")
+    return parse_with_presets(parser, {}, argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.annotations_only:
+        readers = {"celeba": read_celeba, "celebahq": read_celebahq}
+        if args.dataset not in readers:
+            fail("--annotations-only is for celeba and celebahq")
+        data = readers[args.dataset](pathlib.Path(args.data_dir)) | {"name": args.dataset, "digest": "annotations"}
+    else:
+        data = load(args)
+    print(describe(data, identity_split(data, args.ids, args.split_seed)))
+
+
+if __name__ == "__main__":
+    main()
