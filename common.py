@@ -54,20 +54,41 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def add_shared_arguments(parser: argparse.ArgumentParser):
     """The flags that mean the same in every script (design: one word, one meaning)."""
     add = parser.add_argument
-    add("--dataset", default="toyfaces", help="toyfaces, celeba, celebahq, qmnist, or the path of a prepared pair PATH.npy + PATH.npz")
-    add("--data-dir", default="data", help="folder with the publishers' files; prepared arrays go into its folder prepared/")
+    add(
+        "--dataset",
+        default="toyfaces",
+        help="toyfaces, celeba, celebahq, qmnist, or the path of a prepared pair PATH.npy + PATH.npz",
+    )
+    add(
+        "--data-dir",
+        default="data",
+        help="folder with the publishers' files; prepared arrays go into its folder prepared/",
+    )
     add("--image-size", type=int, default=32, help="pixels per side at which images are stored and seen; paper: 224")
     add("--ids", type=int, default=10, help="N_S, identities to forget; paper: 20, 50 (CelebA-HQ), 5, 10 (CelebA)")
     add("--model", default="toy_vit", help="toy_vit or a timm model; paper: vit_base_patch16_224")
-    add("--init", default="none", help="initial weights: none, pretrained (timm's hub), or a .safetensors/.pt file; paper: pretrained")
+    add(
+        "--init",
+        default="none",
+        help="initial weights: none, pretrained (timm's hub), or a .safetensors/.pt file; paper: pretrained",
+    )
     add("--seed", type=int, default=0, help="training and noise")
     add("--split-seed", type=int, default=0, help="who is in train, validation and test, and who is forgotten")
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
-    add("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; paper: on; None: on for CUDA only")
+    add(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="bf16 autocast; paper: on; None: on for CUDA only",
+    )
     add("--out", default="results", help="folder for result files")
     add("--checkpoint-dir", default="checkpoints", help="folder for models, splits and meta-losses")
     add("--resume", action="store_true", help="go on from the last epoch saved by an interrupted run")
-    add("--dry-run", action="store_true", help="one or two batches through every phase; results are marked dry and kept apart")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="one or two batches through every phase; results are marked dry and kept apart",
+    )
 
 
 def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
@@ -83,7 +104,14 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     for key in (chosen.dataset, chosen.preset, (chosen.dataset, chosen.preset)):
         parser.set_defaults(**presets.get(key, {}))
     args = parser.parse_args(argv)
-    for flag, lowest in (("ids", 1), ("image_size", 8), ("split_seed", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1)):
+    for flag, lowest in (
+        ("ids", 1),
+        ("image_size", 8),
+        ("split_seed", 0),
+        ("seed", 0),
+        ("epochs", 1),
+        ("batch_size", 1),
+    ):
         if getattr(args, flag, None) is not None and getattr(args, flag) < lowest:
             fail(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {lowest}")
     return args
@@ -114,7 +142,10 @@ def choose_device(args) -> torch.device:
         torch.cuda.set_device(device)
     if args.amp is None:
         # A CPU without bf16 units runs bf16 autocast 25 times slower than float32 (measured).
-        args.amp, reason = device.type == "cuda", "the default on CUDA" if device.type == "cuda" else "bf16 is the default on CUDA alone"
+        args.amp, reason = (
+            device.type == "cuda",
+            "the default on CUDA" if device.type == "cuda" else "bf16 is the default on CUDA alone",
+        )
     else:
         reason = "asked for by --amp" if args.amp else "asked for by --no-amp"
     if rank == 0:
@@ -143,6 +174,13 @@ def start_processes(device: torch.device):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+def stop_processes():
+    """Leave the process group together: a rank that ends early makes the others abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def wait_for_all():
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -166,7 +204,9 @@ class Net(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.net.forward_features((images - self.mean) / self.std)  # (B, T, D), or a map for a convolutional net
+        tokens = self.net.forward_features(
+            (images - self.mean) / self.std
+        )  # (B, T, D), or a map for a convolutional net
         features = self.net.forward_head(tokens, pre_logits=True)  # (B, D)
         return features, self.net.get_classifier()(features)  # (B, K)
 
@@ -184,7 +224,9 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
         extra = {"pretrained_cfg_overlay": {"state_dict": _read_weights(init)}}
     try:
         if name == "toy_vit":  # 0.21 M parameters: 32 px faces on two CPU cores in seconds
-            net = timm.models.VisionTransformer(img_size=image_size, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=outputs)
+            net = timm.models.VisionTransformer(
+                img_size=image_size, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=outputs
+            )
             net.pretrained_cfg = {}
             if extra:
                 net.load_state_dict(extra["pretrained_cfg_overlay"]["state_dict"])
@@ -320,7 +362,9 @@ def check_writable(*folders):
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --out, --checkpoint-dir or --data-dir")
+            fail(
+                f"cannot write to {folder} ({error.strerror}); choose another folder with --out, --checkpoint-dir or --data-dir"
+            )
 
 
 def save_checkpoint(path, **content):
@@ -345,7 +389,9 @@ def load_checkpoint(path, kind: str, **expected) -> dict:
         fail(f"{path} is no {kind} checkpoint of this project")
     for key, value in expected.items():
         if content.get(key) != value:
-            fail(f"{path} was made with {key} {content.get(key)!r}, this run has {value!r}; use the same flags, or another --checkpoint-dir")
+            fail(
+                f"{path} was made with {key} {content.get(key)!r}, this run has {value!r}; use the same flags, or another --checkpoint-dir"
+            )
     return content
 
 
