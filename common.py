@@ -6,6 +6,7 @@ T tokens, H and W pixels, N_s Support images.
 
 import argparse
 import contextlib
+import copy
 import datetime
 import json
 import os
@@ -54,41 +55,20 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def add_shared_arguments(parser: argparse.ArgumentParser):
     """The flags that mean the same in every script (design: one word, one meaning)."""
     add = parser.add_argument
-    add(
-        "--dataset",
-        default="toyfaces",
-        help="toyfaces, celeba, celebahq, qmnist, or the path of a prepared pair PATH.npy + PATH.npz",
-    )
-    add(
-        "--data-dir",
-        default="data",
-        help="folder with the publishers' files; prepared arrays go into its folder prepared/",
-    )
+    add("--dataset", default="toyfaces", help="toyfaces, celeba, celebahq, qmnist, or the path of a prepared pair PATH.npy + PATH.npz")
+    add("--data-dir", default="data", help="folder with the publishers' files; prepared arrays go into its folder prepared/")
     add("--image-size", type=int, default=32, help="pixels per side at which images are stored and seen; paper: 224")
     add("--ids", type=int, default=10, help="N_S, identities to forget; paper: 20, 50 (CelebA-HQ), 5, 10 (CelebA)")
     add("--model", default="toy_vit", help="toy_vit or a timm model; paper: vit_base_patch16_224")
-    add(
-        "--init",
-        default="none",
-        help="initial weights: none, pretrained (timm's hub), or a .safetensors/.pt file; paper: pretrained",
-    )
+    add("--init", default="none", help="initial weights: none, pretrained (timm's hub), or a .safetensors/.pt file; paper: pretrained")
     add("--seed", type=int, default=0, help="training and noise")
     add("--split-seed", type=int, default=0, help="who is in train, validation and test, and who is forgotten")
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
-    add(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="bf16 autocast; paper: on; None: on for CUDA only",
-    )
+    add("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; paper: on; None: on for CUDA only")
     add("--out", default="results", help="folder for result files")
     add("--checkpoint-dir", default="checkpoints", help="folder for models, splits and meta-losses")
     add("--resume", action="store_true", help="go on from the last epoch saved by an interrupted run")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="one or two batches through every phase; results are marked dry and kept apart",
-    )
+    add("--dry-run", action="store_true", help="one or two batches through every phase; results are marked dry and kept apart")
 
 
 def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
@@ -104,14 +84,7 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     for key in (chosen.dataset, chosen.preset, (chosen.dataset, chosen.preset)):
         parser.set_defaults(**presets.get(key, {}))
     args = parser.parse_args(argv)
-    for flag, lowest in (
-        ("ids", 1),
-        ("image_size", 8),
-        ("split_seed", 0),
-        ("seed", 0),
-        ("epochs", 1),
-        ("batch_size", 1),
-    ):
+    for flag, lowest in (("ids", 1), ("image_size", 8), ("split_seed", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1)):
         if getattr(args, flag, None) is not None and getattr(args, flag) < lowest:
             fail(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {lowest}")
     return args
@@ -142,10 +115,7 @@ def choose_device(args) -> torch.device:
         torch.cuda.set_device(device)
     if args.amp is None:
         # A CPU without bf16 units runs bf16 autocast 25 times slower than float32 (measured).
-        args.amp, reason = (
-            device.type == "cuda",
-            "the default on CUDA" if device.type == "cuda" else "bf16 is the default on CUDA alone",
-        )
+        args.amp, reason = (device.type == "cuda", "the default on CUDA" if device.type == "cuda" else "bf16 is the default on CUDA alone")
     else:
         reason = "asked for by --amp" if args.amp else "asked for by --no-amp"
     if rank == 0:
@@ -204,9 +174,7 @@ class Net(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.net.forward_features(
-            (images - self.mean) / self.std
-        )  # (B, T, D), or a map for a convolutional net
+        tokens = self.net.forward_features((images - self.mean) / self.std)  # (B, T, D), or a map for a convolutional net
         features = self.net.forward_head(tokens, pre_logits=True)  # (B, D)
         return features, self.net.get_classifier()(features)  # (B, K)
 
@@ -224,9 +192,7 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
         extra = {"pretrained_cfg_overlay": {"state_dict": _read_weights(init)}}
     try:
         if name == "toy_vit":  # 0.21 M parameters: 32 px faces on two CPU cores in seconds
-            net = timm.models.VisionTransformer(
-                img_size=image_size, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=outputs
-            )
+            net = timm.models.VisionTransformer(img_size=image_size, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=outputs)
             net.pretrained_cfg = {}
             if extra:
                 net.load_state_dict(extra["pretrained_cfg_overlay"]["state_dict"])
@@ -294,7 +260,7 @@ def score(logits: Tensor, targets: Tensor) -> float:
     """The task's accuracy in [0, 1]: macro mAP over attributes that have a positive, or top-1 accuracy for classes."""
     if targets.ndim == 1:
         return (logits.argmax(1) == targets).double().mean().item()
-    return average_precision(logits.float(), targets).nanmean().item()
+    return average_precision(logits.float().cpu(), targets.cpu()).nanmean().item()  # float64 is missing on MPS
 
 
 def tow(unlearned: dict, retrained: dict) -> float:
@@ -321,6 +287,8 @@ def predict(model: Net, load_images, indices, device, amp=False, batch_size=256)
     was_training = model.training
     model.eval()
     rank, world = rank_and_world()
+    if len(indices) < world:  # too few to share: every process takes them all
+        rank, world = 0, 1
     own, logits = indices[rank::world], []
     for start in range(0, len(own), batch_size):
         with autocast(device, amp):
@@ -335,6 +303,109 @@ def predict(model: Net, load_images, indices, device, amp=False, batch_size=256)
     for r, share in enumerate(shares):
         whole[r::world] = share
     return whole
+
+
+def with_parameters(model, theta_u: dict):
+    """A copy of model with theta_u in place of its parameters; buffers and what theta_u lacks stay as they are."""
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(model.state_dict() | theta_u)
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The row that every method prints, and the control
+
+
+def measure(model: Net, load_images, targets: Tensor, sets: dict, controls: list, device, amp=False) -> dict:
+    """Score and loss on D_r, D_f, D_v, D_te, and the score of each control set; all in [0, 1], losses in nats.
+
+    sets maps retain, forget, val, test to image indices; controls are positions within retain (data.control_sets).
+    """
+    row = {}
+    for name in ("retain", "forget", "val", "test"):
+        logits, own = predict(model, load_images, sets[name], device, amp), targets[sets[name]]
+        row[name] = {"score": score(logits, own), "loss": task_losses(logits, own).mean().item()}
+        if name == "retain":
+            row["control"] = {"score": [score(logits[c], own[c]) for c in controls]}
+    return row
+
+
+def compare(rows: dict) -> dict:
+    """Each row's ToW against the gold model, and what it lost on D_f and on the control sets (Eq. (7); scores in [0, 1])."""
+    score_of = {name: {s: row[s]["score"] for s in ("retain", "forget", "test")} for name, row in rows.items()}
+    table, before = {}, rows["original"]
+    for name, row in rows.items():
+        lost = np.array(before["control"]["score"]) - np.array(row["control"]["score"])
+        forgotten = before["forget"]["score"] - row["forget"]["score"]
+        table[name] = {
+            "tow": tow(score_of[name], score_of["retrained"]),
+            "forget_lost": forgotten,
+            "control_lost_mean": float(lost.mean()),
+            "control_lost_std": float(lost.std(ddof=1)),
+            "controls_that_lost_less": float((lost < forgotten).mean()),
+        }
+    return table
+
+
+LABELS = {"original": "Trained", "retrained": "Retrained (gold)", "ascent": "1 ascent step on S", "unlearned": "METAUNLEARN"}
+
+
+def print_table(rows: dict, table: dict, metric: str, method: str):
+    """The paper's row of each model, and what it lost on D_f beside what retained people lost; all times 100."""
+    say(f"\n{'':20s} {metric + ' x 100':^20s}            score lost (x 100) on     control sets")
+    say(f"{'':20s} {'D_r':>6s} {'D_f':>6s} {'D_te':>6s} {'ToW':>7s}    {'D_f':>6s}  {'control':>12s}   below D_f")
+    for name, row in rows.items():
+        r, f, te = (100 * row[s]["score"] for s in ("retain", "forget", "test"))
+        t = {key: 100 * value for key, value in table[name].items()}
+        say(
+            f"{LABELS.get(name, method):20s} {r:6.1f} {f:6.1f} {te:6.1f} {t['tow']:7.1f}    {t['forget_lost']:6.1f}  "
+            f"{t['control_lost_mean']:5.1f} +- {t['control_lost_std']:3.1f}   {t['controls_that_lost_less']:6.0f} %"
+        )
+    say("control: 20 random sets of as many retained identities. Forgetting these people lowers D_f and not the control.\n")
+
+
+def plot(rows: dict, table: dict, path: pathlib.Path, metric: str, method: str, title: str):
+    """Two panels: scores of each model, and what it lost on D_f beside the control sets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    shades, hatches = ["0.15", "0.45", "0.70", "0.95"], ["", "//", "..", "xx"]
+    sets = [("retain", "$D_r$ retain"), ("forget", "$D_f$ forget"), ("test", "$D_{te}$ test")]
+    for i, (name, row) in enumerate(rows.items()):
+        values = [100 * row[s]["score"] for s, _ in sets]
+        left.bar(
+            np.arange(3) + 0.2 * i - 0.3, values, 0.2, color=shades[i], hatch=hatches[i], edgecolor="black", label=LABELS.get(name, method)
+        )
+    left.set_xticks(range(3), [label for _, label in sets])
+    left.set_ylabel(f"{metric} (%)")
+    left.set_ylim(min(100 * row[s]["score"] for row in rows.values() for s, _ in sets) - 5, None)
+    left.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    shown = [name for name in rows if name != "original"]
+    for i, name in enumerate(shown):
+        lost = 100 * (np.array(rows["original"]["control"]["score"]) - np.array(rows[name]["control"]["score"]))
+        right.scatter(
+            lost, np.full(len(lost), i), marker="|", s=120, color="0.5", label="20 control sets of retained people" if i == 0 else None
+        )
+        right.scatter(
+            [100 * table[name]["forget_lost"]],
+            [i],
+            marker="D",
+            s=50,
+            color="black",
+            label="$D_f$, the people to forget" if i == 0 else None,
+        )
+    right.axvline(0, color="0.8", linewidth=1, zorder=0)
+    right.set_yticks(range(len(shown)), [LABELS.get(name, method) for name in shown])
+    right.set_ylim(-0.6, len(shown) - 0.4)
+    right.set_xlabel(f"{metric} lost (percentage points)")
+    right.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.suptitle(title, fontsize=10)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,9 +433,7 @@ def check_writable(*folders):
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            fail(
-                f"cannot write to {folder} ({error.strerror}); choose another folder with --out, --checkpoint-dir or --data-dir"
-            )
+            fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --out, --checkpoint-dir or --data-dir")
 
 
 def save_checkpoint(path, **content):

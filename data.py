@@ -26,18 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (
-    Parser,
-    add_shared_arguments,
-    atomic_write,
-    check_writable,
-    fail,
-    parse_with_presets,
-    rank_and_world,
-    say,
-    wait_for_all,
-)
+from common import Parser, add_shared_arguments, atomic_write, check_writable, fail, parse_with_presets, rank_and_world, say, wait_for_all
 
+CPU = torch.device("cpu")
 FORMAT = 1  # of prepared pairs: a pair of another format is prepared again
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,12 +67,7 @@ def draw_toyfaces(identities=200, images_each=10, size=32, seed=0) -> dict:
     shirt, iris, background = colour(persistent, 0.1, 0.9), colour(persistent, 0.0, 0.7), colour(fresh, 0.2, 0.9)
     cap, wide, tall = colour(fresh, 0.1, 0.9), persistent(0.48, 0.66), persistent(0.62, 0.78)
     eye_x, eye_y, eye_r = persistent(0.18, 0.30), persistent(-0.20, -0.02), persistent(0.09, 0.15)
-    brow, nose, mouth_w, hairline = (
-        persistent(0.02, 0.06),
-        persistent(0.06, 0.16),
-        persistent(0.20, 0.34),
-        persistent(-0.50, -0.25),
-    )
+    brow, nose, mouth_w, hairline = (persistent(0.02, 0.06), persistent(0.06, 0.16), persistent(0.20, 0.34), persistent(-0.50, -0.25))
 
     angle = np.where(tilt, fresh(0.30, 0.45) * rng.choice([-1, 1], n), fresh(-0.06, 0.06))  # radians, to either side
     zoom, shift_x, shift_y = fresh(1.0, 1.15), fresh(-0.10, 0.10), fresh(-0.06, 0.06)
@@ -114,10 +100,7 @@ def draw_toyfaces(identities=200, images_each=10, size=32, seed=0) -> dict:
             centre = side * b(eye_x)
             paint(ellipse(centre, b(eye_y), b(eye_r), b(eye_r) * 0.8), np.array([0.97, 0.97, 0.97]))
             paint(ellipse(centre, b(eye_y), b(eye_r) * 0.55, b(eye_r) * 0.55), tone(iris))
-            paint(
-                b(brow) - np.hypot(np.maximum(abs(u - centre) - 0.10, 0), v - b(eye_y) + b(eye_r) + 0.07),
-                tone(hair) * 0.7,
-            )
+            paint(b(brow) - np.hypot(np.maximum(abs(u - centre) - 0.10, 0), v - b(eye_y) + b(eye_r) + 0.07), tone(hair) * 0.7)
             ring = 0.05 - abs(np.hypot(u - centre, v - b(eye_y)) - 0.20)
             paint(np.where(b(glasses), ring, -1.0), np.array([0.05, 0.05, 0.10]))
         paint(ellipse(0, 0.12, 0.05, b(nose)), tone(skin) * 0.8)
@@ -125,9 +108,7 @@ def draw_toyfaces(identities=200, images_each=10, size=32, seed=0) -> dict:
         bend = np.where(b(smile), -0.16, 0.12) * ((u / b(mouth_w)) ** 2 - 0.5)
         height = np.where(b(mouth_open), 0.13, 0.035)
         paint(np.minimum(height - abs(v - 0.40 - bend), b(mouth_w) - abs(u)), np.array([0.55, 0.05, 0.08]))
-        crown = np.maximum(
-            np.minimum(-0.42 - v, b(wide) - abs(u)), np.minimum(0.07 - abs(v + 0.45), b(wide) + 0.22 - abs(u))
-        )
+        crown = np.maximum(np.minimum(-0.42 - v, b(wide) - abs(u)), np.minimum(0.07 - abs(v + 0.45), b(wide) + 0.22 - abs(u)))
         paint(np.where(b(hat), crown, -1.0), tone(cap))
         image = image * (light[s, None, None] + slope[s, None, None] * axis[None, None, :])[..., None] + noise[s]
         images[s] = (image.clip(0, 1) * 255).round()
@@ -175,19 +156,14 @@ def _attribute_table(path) -> tuple[list, list, np.ndarray]:
         if len(rows) != count or values.shape != (count, len(target_names)) or not np.isin(values, (-1, 1)).all():
             raise ValueError
     except (ValueError, IndexError):
-        fail(
-            f"{path} is cut short or damaged: its first line must be the number of rows, each row a file and one -1 or 1 for each name"
-        )
+        fail(f"{path} is cut short or damaged: its first line must be the number of rows, each row a file and one -1 or 1 for each name")
     return [row[0] for row in rows], target_names, (values > 0).astype(np.uint8)
 
 
 def _two_columns(path) -> dict:
     """Read `file identity` lines."""
     try:
-        return {
-            name: int(number)
-            for name, number in (line.split() for line in path.read_text().splitlines() if line.strip())
-        }
+        return {name: int(number) for name, number in (line.split() for line in path.read_text().splitlines() if line.strip())}
     except ValueError:
         fail(f"{path} is damaged: every line must be a file name and an identity number")
 
@@ -199,9 +175,7 @@ def read_celeba(root: pathlib.Path) -> dict:
     if not all(f.is_file() for f in files):
         fail(CELEBA_HELP.format(root=root))
     names, target_names, targets = _attribute_table(files[0])
-    return _with_identities(
-        names, target_names, targets, _two_columns(files[1]), names, files[1], folder / "img_align_celeba"
-    )
+    return _with_identities(names, target_names, targets, _two_columns(files[1]), names, files[1], folder / "img_align_celeba")
 
 
 def read_celebahq(root: pathlib.Path) -> dict:
@@ -225,9 +199,7 @@ def read_celebahq(root: pathlib.Path) -> dict:
 def _with_identities(names, target_names, targets, identity_of, keys, source, pictures) -> dict:
     missing = [name for name, key in zip(names, keys, strict=True) if key not in identity_of]
     if missing:
-        fail(
-            f"{source} gives no identity for {len(missing)} of {len(names)} rows of the attribute table, first {missing[0]}"
-        )
+        fail(f"{source} gives no identity for {len(missing)} of {len(names)} rows of the attribute table, first {missing[0]}")
     return {
         "targets": targets,
         "identities": np.array([identity_of[key] for key in keys]),
@@ -268,9 +240,7 @@ def prepare(args) -> pathlib.Path:
     if args.dataset not in ("toyfaces", "celeba", "celebahq", "qmnist"):
         base = pathlib.Path(args.dataset)
         if not (base.with_name(base.name + ".npy").is_file() and base.with_name(base.name + ".npz").is_file()):
-            fail(
-                f"--dataset {args.dataset} is neither toyfaces, celeba, celebahq, qmnist nor a prepared pair {base}.npy + {base}.npz"
-            )
+            fail(f"--dataset {args.dataset} is neither toyfaces, celeba, celebahq, qmnist nor a prepared pair {base}.npy + {base}.npz")
         return base
     base = pathlib.Path(args.data_dir) / "prepared" / f"{args.dataset}-{args.image_size}"
     if rank_and_world()[0] == 0 and not _is_prepared(base):
@@ -300,9 +270,7 @@ def _prepare(args, base):
         disk = count * size * size * 3
         say(f"{args.dataset}: {count:,} images at {size} px will take {disk / 2**30:.2f} GiB of disk in {base.parent}")
         if shutil.disk_usage(base.parent).free < disk + 2**27:
-            fail(
-                f"{base.parent} has no room for {disk / 2**30:.2f} GiB; give another --data-dir or a smaller --image-size"
-            )
+            fail(f"{base.parent} has no room for {disk / 2**30:.2f} GiB; give another --data-dir or a smaller --image-size")
         if "pictures" in table:
             there = {entry.name for entry in os.scandir(table["pictures"])} if table["pictures"].is_dir() else set()
             absent = [name for name in table["names"] if name not in there]
@@ -324,9 +292,7 @@ def _decode_all(sources, path, size):
 
     jobs = [(path, size, start, sources[start : start + 256]) for start in range(0, len(sources), 256)]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        done = tqdm(
-            pool.map(_decode, jobs), total=len(jobs), desc="decoding (256 images each)", disable=not sys.stderr.isatty()
-        )
+        done = tqdm(pool.map(_decode, jobs), total=len(jobs), desc="decoding (256 images each)", disable=not sys.stderr.isatty())
         for broken in done:
             if broken:
                 pool.shutdown(cancel_futures=True)
@@ -342,9 +308,7 @@ def _decode(job) -> str | None:
     for i, source in enumerate(sources):
         try:
             image = Image.open(source) if isinstance(source, str) else Image.fromarray(source)
-            image.draft(
-                "RGB", (2 * size, 2 * size)
-            )  # a JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target
+            image.draft("RGB", (2 * size, 2 * size))  # a JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target
             block[i] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))  # antialiased
         except (OSError, SyntaxError) as error:
             return f"{source} ({error})"
@@ -352,24 +316,17 @@ def _decode(job) -> str | None:
     return None
 
 
-def load(args, device=torch.device("cpu")) -> dict:
+def load(args, device=CPU) -> dict:
     """Load the prepared pair: a dict with images (uint8, memory-mapped, or on the GPU when they fit), targets,
     identities, names, target_names, classes (outputs K), digest (of the annotations) and name.
     """
     base = prepare(args)
     try:
-        images = np.load(
-            f"{base}.npy", mmap_mode="c"
-        )  # copy-on-write: torch wants a writable array, the file stays as it is
+        images = np.load(f"{base}.npy", mmap_mode="c")  # copy-on-write: torch wants a writable array, the file stays as it is
         with np.load(f"{base}.npz", allow_pickle=False) as table:
             table = {key: table[key] for key in table.files}
         targets, identities = table["targets"], table["identities"]
-        fits = (
-            images.dtype == np.uint8
-            and images.ndim == 4
-            and images.shape[3] == 3
-            and images.shape[1] == images.shape[2]
-        )
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
         if not fits or not len(images) == len(targets) == len(identities):
             raise ValueError("images must be uint8 (N, S, S, 3), targets and identities must have N rows")
     except (ValueError, KeyError, OSError) as error:
@@ -377,9 +334,7 @@ def load(args, device=torch.device("cpu")) -> dict:
     args.image_size = images.shape[1]
     targets = torch.from_numpy(targets.astype(np.float32 if targets.ndim == 2 else np.int64))
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
-    digest = hashlib.sha256(
-        np.ascontiguousarray(table["targets"]).tobytes() + identities.astype(np.int64).tobytes()
-    ).hexdigest()[:16]
+    digest = hashlib.sha256(np.ascontiguousarray(table["targets"]).tobytes() + identities.astype(np.int64).tobytes()).hexdigest()[:16]
     images = torch.from_numpy(images)
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)
@@ -433,9 +388,7 @@ def identity_split(data: dict, ids: int, split_seed: int) -> dict:
             f"--ids {ids}: only {min(len(eligible), len(train) - 1)} training identities of {data['name']} can be forgotten (they need two images, and someone must stay)"
         )
     forget_ids = unique[eligible[:ids]]
-    support = [
-        int(np.random.default_rng([split_seed, 2, i]).choice(np.flatnonzero(identities == i))) for i in forget_ids
-    ]
+    support = [int(np.random.default_rng([split_seed, 2, i]).choice(np.flatnonzero(identities == i))) for i in forget_ids]
 
     def images_of(chosen):
         return np.setdiff1d(np.flatnonzero(np.isin(identities, chosen)), support).tolist()
@@ -464,9 +417,7 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
     trained_on = np.array(split["retain"] + split["forget"])
     owner = data["identities"][trained_on]
     order = rng.permutation(split["train_ids"])
-    order = order[
-        np.isin(order, owner)
-    ]  # an identity whose only spare image is real Support has none left to simulate with
+    order = order[np.isin(order, owner)]  # an identity whose only spare image is real Support has none left to simulate with
     n_s = min(n_s, len(order))
     for start in range(0, len(order), n_s):
         block = [order[(start + i) % len(order)] for i in range(n_s)]
@@ -510,9 +461,7 @@ def random_crops(B: int, S: int, scale: float, rng: torch.Generator) -> Tensor:
 
     Returns (B, 2, 3) affine maps for `crop`, drawn on the CPU: the same on every device. Source: paper App. A.
     """
-    area = (
-        S * S * (scale + (1 - scale) * torch.rand(B, 10, generator=rng))
-    )  # (B, 10): ten tries each, as torchvision has it
+    area = S * S * (scale + (1 - scale) * torch.rand(B, 10, generator=rng))  # (B, 10): ten tries each, as torchvision has it
     ratio = torch.exp((torch.rand(B, 10, generator=rng) * 2 - 1) * np.log(4 / 3))
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (width <= S) & (height <= S) & (width > 0) & (height > 0)
@@ -541,9 +490,7 @@ def crop(images: Tensor, maps: Tensor) -> Tensor:
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_shared_arguments(parser)
-    parser.add_argument(
-        "--annotations-only", action="store_true", help="print the split from the annotation files; open no picture"
-    )
+    parser.add_argument("--annotations-only", action="store_true", help="print the split from the annotation files; open no picture")
     return parse_with_presets(parser, {}, argv)
 
 

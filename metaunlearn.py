@@ -28,6 +28,7 @@ Where the paper is silent or its authors' code differs, a flag says which way a 
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -50,11 +51,15 @@ from common import (
     build_model,
     check_writable,
     choose_device,
+    compare,
     fail,
     generator,
     load_checkpoint,
+    measure,
     parse_with_presets,
+    plot,
     predict,
+    print_table,
     provenance,
     rank_and_world,
     save_checkpoint,
@@ -65,6 +70,7 @@ from common import (
     task_losses,
     tow,
     wait_for_all,
+    with_parameters,
     write_json,
 )
 from data import control_sets, describe, identity_split, load, raw_batch, simulated_requests, targets_of
@@ -96,13 +102,7 @@ class MetaLoss(nn.Module):
     def __init__(self, inputs, outputs, features, identities, hidden=128, dropout=0.0, zero_init=True, multilabel=True):
         super().__init__()
         self.inputs, self.multilabel, self.outputs = list(inputs), multilabel, outputs
-        width = {
-            "logits": outputs,
-            "features": features,
-            "targets": outputs,
-            "ids": 64,
-            "losses": outputs if multilabel else 1,
-        }
+        width = {"logits": outputs, "features": features, "targets": outputs, "ids": 64, "losses": outputs if multilabel else 1}
         if "ids" in inputs:
             self.identity = nn.Embedding(identities, 64)
         self.mlp = nn.Sequential(
@@ -222,11 +222,7 @@ def request_parts(data: dict, split: dict, forget, args, rng) -> list[dict]:
     for start in range(0, len(forget), size):
         f = forget[start : start + size]
         many = args.pair_size or args.val_images or len(split["val"])
-        part = {
-            "f": f,
-            "v": rng.choice(split["val"], min(many, len(split["val"])), replace=False),
-            "weight": len(f) / len(forget),
-        }
+        part = {"f": f, "v": rng.choice(split["val"], min(many, len(split["val"])), replace=False), "weight": len(f) / len(forget)}
         if args.retain_weight or args.aux_loss == "scrub":
             others = np.setdiff1d(split["retain"] + split["forget"], forget)
             part["r"] = rng.choice(others, min(args.retain_images, len(others)), replace=False)
@@ -274,9 +270,7 @@ def auxiliary_gradient(model, theta_u: dict, part: dict, data, cache, args) -> t
             indices = part[name][start : start + args.meta_batch_size]
             with torch.set_grad_enabled(not constant):
                 _, logits = outputs(model, leaf, images_at(data, leaf, indices), args)
-                losses = image_losses(
-                    name, logits, targets_of(data, indices), cache["logits"][indices].to(logits), args
-                )
+                losses = image_losses(name, logits, targets_of(data, indices), cache["logits"][indices].to(logits), args)
                 mean = losses.sum() / len(part[name])
             if not constant:
                 new = torch.autograd.grad(mean, list(leaf.values()))
@@ -370,9 +364,7 @@ def meta_gradient_forward(model, h_phi, theta, S, parts, data, cache, args):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
         _, z_dot = jvp(lambda t: outputs(model, t, images, args), (theta,), (tangent,))
     along = sum((a * b).sum() for a, b in zip(g_z, z_dot, strict=True))
-    gradient = torch.autograd.grad(
-        -args.eta * along, list(h_phi.parameters()), materialize_grads=True, allow_unused=True
-    )
+    gradient = torch.autograd.grad(-args.eta * along, list(h_phi.parameters()), materialize_grads=True, allow_unused=True)
     return A, gradient, theta_u
 
 
@@ -421,26 +413,17 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
                 group["lr"] = args.alpha * 0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps)))
             optimizer.step()  # Alg. 1, line 16
         if not all(torch.isfinite(p).all() for p in h_phi.parameters()):
-            fail(
-                f"the meta-loss is no longer finite in epoch {epoch + 1}; lower --alpha (now {args.alpha}) or --eta (now {args.eta})"
-            )
+            fail(f"the meta-loss is no longer finite in epoch {epoch + 1}; lower --alpha (now {args.alpha}) or --eta (now {args.eta})")
         took = time.time() - clock
         say(
             f"meta-loss epoch {epoch + 1}/{epochs}: {len(requests)} requests, A {np.mean(mean_A):.5f}, {took:.1f} s, {(epochs - epoch - 1) * took:.0f} s left"
         )
         if rank == 0:
-            progress = dict(
-                phi=h_phi.state_dict(),
-                optimizer=optimizer.state_dict(),
-                epoch=epoch,
-                seconds=before + time.time() - begin,
-            )
+            progress = dict(phi=h_phi.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, seconds=before + time.time() - begin)
             save_checkpoint(partial, kind="partial meta-loss", **progress, **content)
     seconds = before + time.time() - begin
     if rank == 0:
-        save_checkpoint(
-            path, kind="meta-loss", phi=h_phi.state_dict(), theta=model.state_dict(), seconds=seconds, **content
-        )
+        save_checkpoint(path, kind="meta-loss", phi=h_phi.state_dict(), theta=model.state_dict(), seconds=seconds, **content)
         partial.unlink(missing_ok=True)
     wait_for_all()
     return h_phi.eval(), seconds
@@ -449,14 +432,8 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
 def new_meta_loss(model, data, split, args) -> MetaLoss:
     torch.manual_seed(args.seed)
     inputs = args.inputs.split(",")
-    if not set(inputs) <= {"logits", "features", "targets", "ids", "losses"} or not set(inputs) & {
-        "logits",
-        "features",
-        "losses",
-    }:
-        fail(
-            f"--inputs {args.inputs}: name some of logits, features, targets, ids, losses, at least one of logits, features, losses"
-        )
+    if not set(inputs) <= {"logits", "features", "targets", "ids", "losses"} or not set(inputs) & {"logits", "features", "losses"}:
+        fail(f"--inputs {args.inputs}: name some of logits, features, targets, ids, losses, at least one of logits, features, losses")
     shape = (data["classes"], model.net.num_features, len(split["train_ids"]))
     return MetaLoss(inputs, *shape, args.hidden, args.dropout, args.zero_init, data["targets"].ndim == 2)
 
@@ -474,15 +451,7 @@ META_FLAGS = (
     "accuracy_weight",
     "distance",
 )
-META_FLAGS += (
-    "stop_val_gradient",
-    "pair_size",
-    "val_images",
-    "freeze_embeddings",
-    "retain_weight",
-    "retain_images",
-    "requests_per_step",
-)
+META_FLAGS += ("stop_val_gradient", "pair_size", "val_images", "freeze_embeddings", "retain_weight", "retain_images", "requests_per_step")
 
 
 def meta_loss_content(data, split, args) -> dict:
@@ -526,16 +495,7 @@ def ascend(model, S, lr: float, args) -> dict:
     return {k: p.detach() for k, p in inner_step(theta, g, -lr).items()}
 
 
-def with_parameters(model, theta_u: dict):
-    """A copy of model with theta_u in place of its parameters; buffers and what theta_u lacks stay as they are."""
-    import copy
-
-    changed = copy.deepcopy(model)
-    changed.load_state_dict(model.state_dict() | theta_u)
-    return changed
-
-
-def simulated_problem(model, data, split, args, images=512) -> list[dict]:
+def simulated_problem(model, data, split, args, images=256) -> list[dict]:
     """Simulated requests by which hyper-parameters may be chosen, from training and validation data only.
 
     The gold model is replaced by what it should look like: theta itself on (at most `images`) retained and validation
@@ -588,23 +548,14 @@ def choose_ascent_step(model, problems, data, args) -> tuple[float, dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: the paper's row, and the control
+# The rows that METAUNLEARN is compared with
 
 
-def measure(model, data, split, args) -> dict:
-    """Score and loss on D_r, D_f, D_v, D_te, and the score of each control set; all in [0, 1]."""
-    row = {}
-    for name in ("retain", "forget", "val", "test"):
-        indices = split[name][:32] if args.dry_run else split[name]
-        logits, targets = (
-            predict(model, lambda i: raw_batch(data, i), indices, data["device"], args.amp),
-            data["targets"][indices],
-        )
-        row[name] = {"score": score(logits, targets), "loss": task_losses(logits, targets).mean().item()}
-        if name == "retain":
-            sets = [np.arange(len(indices))] * 20 if args.dry_run else control_sets(data, split)
-            row["control"] = {"score": [score(logits[s], targets[s]) for s in sets]}
-    return row
+def evaluation_sets(data, split, args) -> tuple[dict, list]:
+    """The image sets that measure() takes, and the control sets; a few images of each in a dry run."""
+    if not args.dry_run:
+        return split, control_sets(data, split)
+    return {name: split[name][:64] for name in ("retain", "forget", "val", "test")}, [np.arange(32)] * 20
 
 
 def reference_rows(model, gold, S, problems, data, split, args) -> tuple[dict, dict]:
@@ -622,113 +573,18 @@ def reference_rows(model, gold, S, problems, data, split, args) -> tuple[dict, d
         saved = {}
     if saved.get("key") != key:
         lr, tried = choose_ascent_step(model, problems, data, args)
+        sets, controls = evaluation_sets(data, split, args)
         models = {"original": model, "retrained": gold, "ascent": with_parameters(model, ascend(model, S, lr, args))}
-        rows = {name: measure(m, data, split, args) for name, m in models.items()}
-        saved = {
-            "key": key,
-            "rows": rows,
-            "selection": {"ascent_step": lr, "ascent": {str(k): t for k, t in tried.items()}},
+        rows = {
+            name: measure(m, lambda i: raw_batch(data, i), data["targets"], sets, controls, data["device"], args.amp)
+            for name, m in models.items()
         }
+        saved = {"key": key, "rows": rows, "selection": {"ascent_step": lr, "ascent": {str(k): t for k, t in tried.items()}}}
         if rank_and_world()[0] == 0:
             write_json(path, saved)
     tried = ", ".join(f"{lr}: {100 * t:.1f}" for lr, t in saved["selection"]["ascent"].items())
     say(f"ascent step size {saved['selection']['ascent_step']}, by its simulated ToW ({tried})")
     return saved["rows"], saved["selection"]
-
-
-def compare(rows: dict) -> dict:
-    """Each row's ToW against the gold model, and what it lost on D_f and on the control sets (Eq. (7); scores in [0, 1])."""
-    score_of = {name: {s: row[s]["score"] for s in ("retain", "forget", "test")} for name, row in rows.items()}
-    table, before = {}, rows["original"]
-    for name, row in rows.items():
-        lost = np.array(before["control"]["score"]) - np.array(row["control"]["score"])
-        forgotten = before["forget"]["score"] - row["forget"]["score"]
-        table[name] = {
-            "tow": tow(score_of[name], score_of["retrained"]),
-            "forget_lost": forgotten,
-            "control_lost_mean": float(lost.mean()),
-            "control_lost_std": float(lost.std(ddof=1)),
-            "controls_that_lost_less": float((lost < forgotten).mean()),
-        }
-    return table
-
-
-LABELS = {
-    "original": "Trained",
-    "retrained": "Retrained (gold)",
-    "ascent": "1 ascent step on S",
-    "unlearned": "METAUNLEARN",
-}
-
-
-def print_table(rows: dict, table: dict, metric: str):
-    say(f"\n{'':20s} {metric + ' x 100':^20s}            score lost (x 100) on     control sets")
-    say(f"{'':20s} {'D_r':>6s} {'D_f':>6s} {'D_te':>6s} {'ToW':>7s}    {'D_f':>6s}  {'control':>12s}   below D_f")
-    for name, row in rows.items():
-        r, f, te = (100 * row[s]["score"] for s in ("retain", "forget", "test"))
-        t = {key: 100 * value for key, value in table[name].items()}
-        say(
-            f"{LABELS[name]:20s} {r:6.1f} {f:6.1f} {te:6.1f} {t['tow']:7.1f}    {t['forget_lost']:6.1f}  "
-            f"{t['control_lost_mean']:5.1f} +- {t['control_lost_std']:3.1f}   {t['controls_that_lost_less']:6.0f} %"
-        )
-    say(
-        "control: 20 random sets of as many retained identities. Forgetting these people lowers D_f and not the control.\n"
-    )
-
-
-def plot(rows: dict, table: dict, path: pathlib.Path, metric: str, title: str):
-    """Two panels: scores of each model, and what it lost on D_f beside the control sets."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    shades, hatches = ["0.15", "0.45", "0.70", "0.95"], ["", "//", "..", "xx"]
-    sets = [("retain", "$D_r$ retain"), ("forget", "$D_f$ forget"), ("test", "$D_{te}$ test")]
-    for i, (name, row) in enumerate(rows.items()):
-        values = [100 * row[s]["score"] for s, _ in sets]
-        left.bar(
-            np.arange(3) + 0.2 * i - 0.3,
-            values,
-            0.2,
-            color=shades[i],
-            hatch=hatches[i],
-            edgecolor="black",
-            label=LABELS[name],
-        )
-    left.set_xticks(range(3), [label for _, label in sets])
-    left.set_ylabel(f"{metric} (%)")
-    left.set_ylim(min(100 * row[s]["score"] for row in rows.values() for s, _ in sets) - 5, None)
-    left.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    shown = [name for name in rows if name != "original"]
-    for i, name in enumerate(shown):
-        lost = 100 * (np.array(rows["original"]["control"]["score"]) - np.array(rows[name]["control"]["score"]))
-        right.scatter(
-            lost,
-            np.full(len(lost), i),
-            marker="|",
-            s=120,
-            color="0.5",
-            label="20 control sets of retained people" if i == 0 else None,
-        )
-        right.scatter(
-            [100 * table[name]["forget_lost"]],
-            [i],
-            marker="D",
-            s=50,
-            color="black",
-            label="$D_f$, the people to forget" if i == 0 else None,
-        )
-    right.axvline(0, color="0.8", linewidth=1, zorder=0)
-    right.set_yticks(range(len(shown)), [LABELS[name] for name in shown])
-    right.set_ylim(-0.6, len(shown) - 0.4)
-    right.set_xlabel(f"{metric} lost (percentage points)")
-    right.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure.suptitle(title, fontsize=10)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -740,12 +596,8 @@ def check_gradient(model, data, split, args) -> dict:
 
     Uses two identities and their images, so that it also runs with a large model. Returns relative errors.
     """
-    import copy
-
     support, forget = next(simulated_requests(data, split, 2, args.seed, 0))
-    args = argparse.Namespace(
-        **vars(args) | {"val_images": 16, "retain_images": 16, "amp": False, "pair_size": min(args.pair_size, 16)}
-    )
+    args = argparse.Namespace(**vars(args) | {"val_images": 16, "retain_images": 16, "amp": False, "pair_size": min(args.pair_size, 16)})
     parts = request_parts(data, split, forget[:16], args, np.random.default_rng(args.seed))
     h_phi = new_meta_loss(model, data, split, args).to(data["device"]).eval()
     with torch.no_grad():
@@ -773,16 +625,12 @@ def check_gradient(model, data, split, args) -> dict:
             for p in moved.parameters():
                 p += shift * direction[start : start + p.numel()].view_as(p)
                 start += p.numel()
-        return meta_gradient_double(
-            m, moved, theta, S, parts, data, {"logits": cache["logits"], "constant": constants}, run, frozen
-        )[0]
+        return meta_gradient_double(m, moved, theta, S, parts, data, {"logits": cache["logits"], "constant": constants}, run, frozen)[0]
 
     slope = (A_at(1e-5) - A_at(-1e-5)) / 2e-5
     errors["forward against central differences, float64"] = abs(slope - exact.norm().item()) / abs(slope)
     errors["float32 against float64"] = relative(gradient(meta_gradient_forward, torch.float32)[0], exact)
-    errors["bf16 autocast against float64"] = relative(
-        gradient(meta_gradient_forward, torch.float32, amp=True)[0], exact
-    )
+    errors["bf16 autocast against float64"] = relative(gradient(meta_gradient_forward, torch.float32, amp=True)[0], exact)
     for name, error in errors.items():
         say(f"meta-gradient, relative error of {name}: {error:.1e}")
     return errors
@@ -817,9 +665,7 @@ def read_support(folder, saved: dict, device):
 
     folder = pathlib.Path(folder)
     if not (folder / "labels.csv").is_file():
-        fail(
-            f"--support {folder}: no labels.csv there (columns: file, identity, then {', '.join(saved['target_names'][:3])} ...)"
-        )
+        fail(f"--support {folder}: no labels.csv there (columns: file, identity, then {', '.join(saved['target_names'][:3])} ...)")
     with open(folder / "labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     row_of = {identity: i for i, identity in enumerate(saved["train_ids"])}
@@ -830,9 +676,7 @@ def read_support(folder, saved: dict, device):
             labels = [int(row[name]) for name in saved["target_names"]] if saved["multilabel"] else int(row["class"])
             identity = int(row["identity"])
         except (OSError, KeyError, ValueError, TypeError) as error:
-            fail(
-                f"{folder / 'labels.csv'}: the row of {row.get('file')} cannot be used ({type(error).__name__}: {error})"
-            )
+            fail(f"{folder / 'labels.csv'}: the row of {row.get('file')} cannot be used ({type(error).__name__}: {error})")
         if identity not in row_of and "ids" in saved["inputs"]:
             fail(
                 f"identity {identity} was not in training, and this meta-loss looks identities up; meta-train with --inputs logits,features,targets"
@@ -853,9 +697,7 @@ def unlearn_from_files(args, device):
     model = build_model(saved["model"], len(saved["target_names"]), saved["image_size"]).to(device).eval()
     model.load_state_dict(saved["theta"])
     shape = (len(saved["target_names"]), model.net.num_features, len(saved["train_ids"]))
-    h_phi = MetaLoss(
-        saved["inputs"].split(","), *shape, saved["hidden"], saved["dropout"], multilabel=saved["multilabel"]
-    ).to(device)
+    h_phi = MetaLoss(saved["inputs"].split(","), *shape, saved["hidden"], saved["dropout"], multilabel=saved["multilabel"]).to(device)
     h_phi.load_state_dict(saved["phi"])
     S = read_support(args.support, saved, device)
     run = argparse.Namespace(**vars(args) | {"eta": saved["eta"], "freeze_embeddings": saved["freeze_embeddings"]})
@@ -865,16 +707,9 @@ def unlearn_from_files(args, device):
         before, after = (task_losses(m(S[0])[1], S[1]).mean().item() for m in (model, changed))
     path = args.save or str(pathlib.Path(args.meta_loss).with_suffix("")) + "-unlearned.pt"
     save_checkpoint(
-        path,
-        kind="model",
-        which="unlearned",
-        model=changed.state_dict(),
-        architecture=saved["model"],
-        image_size=saved["image_size"],
+        path, kind="model", which="unlearned", model=changed.state_dict(), architecture=saved["model"], image_size=saved["image_size"]
     )
-    say(
-        f"unlearned {len(S[0])} people: task loss on their Support pictures {before:.3f} -> {after:.3f}; model written to {path}"
-    )
+    say(f"unlearned {len(S[0])} people: task loss on their Support pictures {before:.3f} -> {after:.3f}; model written to {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -896,37 +731,17 @@ def parse_args(argv=None):
     add("--eta", type=float, default=0.1, help="inner step size eta, Eq. (4); authors' code: 0.1")
     add("--alpha", type=float, default=1e-3, help="outer step size alpha, Alg. 1 line 16; authors' code: 1e-4")
     add("--meta-epochs", type=int, default=6, help="passes over the training identities; authors' code: 3")
+    add("--meta-ids", type=int, default=None, help="N_S in simulated requests where it differs from --ids; paper: Table 7")
     add(
-        "--meta-ids",
-        type=int,
-        default=None,
-        help="N_S in simulated requests where it differs from --ids; paper: Table 7",
+        "--requests-per-step", type=int, default=None, help="simulated requests averaged in one step; authors' code: 1; None: one a process"
     )
     add(
-        "--requests-per-step",
-        type=int,
-        default=None,
-        help="simulated requests averaged in one step; authors' code: 1; None: one a process",
-    )
-    add(
-        "--inputs",
-        default="logits,features,targets,ids",
-        help="what h_phi sees, of logits, features, targets, ids, losses; paper: Table 4",
+        "--inputs", default="logits,features,targets,ids", help="what h_phi sees, of logits, features, targets, ids, losses; paper: Table 4"
     )
     add("--hidden", type=int, default=128, help="width of h_phi; authors' code: 512")
     add("--dropout", type=float, default=0.0, help="in h_phi, probability; authors' code: 0.5")
-    add(
-        "--zero-init",
-        action=on_off,
-        default=True,
-        help="start h_phi's last layer at 0, so that the first update is 0; authors' code: off",
-    )
-    add(
-        "--aux-loss",
-        choices=("both", "first", "second", "scrub"),
-        default="both",
-        help="terms of Eq. (8); paper: Table 3",
-    )
+    add("--zero-init", action=on_off, default=True, help="start h_phi's last layer at 0, so that the first update is 0; authors' code: off")
+    add("--aux-loss", choices=("both", "first", "second", "scrub"), default="both", help="terms of Eq. (8); paper: Table 3")
     add("--accuracy-weight", action=on_off, default=True, help="weight losses by 1 - mAP, Eq. (6); paper: Table 3")
     add(
         "--distance",
@@ -940,59 +755,23 @@ def parse_args(argv=None):
         default=False,
         help="no gradient through L(D_v; theta_u); paper: not stated, authors' code: on",
     )
-    add(
-        "--pair-size",
-        type=int,
-        default=0,
-        help="images in each pair of batches that A is averaged over, 0: whole sets; authors' code: 64",
-    )
-    add(
-        "--val-images",
-        type=int,
-        default=128,
-        help="random images of D_v a step, 0: all (as the paper writes); authors' code: --pair-size",
-    )
-    add(
-        "--freeze-embeddings",
-        action=on_off,
-        default=False,
-        help="leave cls_token and pos_embed as they are; authors' code: on",
-    )
-    add(
-        "--retain-weight",
-        type=float,
-        default=0.0,
-        help="ours: weight in A of KL(theta, theta_u) on retained images; paper: 0 (App. C)",
-    )
-    add(
-        "--retain-images",
-        type=int,
-        default=128,
-        help="random retained images a step, for --retain-weight and --aux-loss scrub",
-    )
+    add("--pair-size", type=int, default=0, help="images in each pair of batches that A is averaged over, 0: whole sets; authors' code: 64")
+    add("--val-images", type=int, default=128, help="random images of D_v a step, 0: all (as the paper writes); authors' code: --pair-size")
+    add("--freeze-embeddings", action=on_off, default=False, help="leave cls_token and pos_embed as they are; authors' code: on")
+    add("--retain-weight", type=float, default=0.0, help="ours: weight in A of KL(theta, theta_u) on retained images; paper: 0 (App. C)")
+    add("--retain-images", type=int, default=128, help="random retained images a step, for --retain-weight and --aux-loss scrub")
     add(
         "--hypergradient",
         choices=("forward", "double"),
         default="forward",
         help="forward: exact and cheap; double: textbook double backward",
     )
+    add("--meta-batch-size", type=int, default=64, help="images in memory at a time in the meta step; changes no number but rounding")
     add(
-        "--meta-batch-size",
-        type=int,
-        default=64,
-        help="images in memory at a time in the meta step; changes no number but rounding",
-    )
-    add(
-        "--check-gradient",
-        action="store_true",
-        help="compare the meta-gradient both ways, with finite differences, and in bf16; then stop",
+        "--check-gradient", action="store_true", help="compare the meta-gradient both ways, with finite differences, and in bf16; then stop"
     )
     add("--meta-loss", metavar="FILE", help="use this saved meta-loss; no meta-training")
-    add(
-        "--support",
-        metavar="DIR",
-        help="with --meta-loss: unlearn the people in DIR (pictures, labels.csv); needs no data set",
-    )
+    add("--support", metavar="DIR", help="with --meta-loss: unlearn the people in DIR (pictures, labels.csv); needs no data set")
     add("--export-support", metavar="DIR", help="write the Support set there, in the form --support reads")
     add("--save", metavar="FILE", help="write the unlearned model there")
     add("--plot", action="store_true", help="write a figure beside the result file")
@@ -1039,9 +818,7 @@ def main(argv=None):
     h_phi, seconds["meta_train"] = None, 0.0
     if args.meta_loss or path.is_file():
         content = meta_loss_content(data, split, args)
-        saved = load_checkpoint(
-            source, "meta-loss", **({"split": split["hash"], "model": args.model} if args.meta_loss else content)
-        )
+        saved = load_checkpoint(source, "meta-loss", **({"split": split["hash"], "model": args.model} if args.meta_loss else content))
         for flag in ("inputs", "hidden", "dropout", "eta", "freeze_embeddings"):
             setattr(args, flag, saved[flag])
         h_phi = new_meta_loss(model, data, split, args).to(device)
@@ -1059,14 +836,16 @@ def main(argv=None):
     rows, selection = reference_rows(model, gold, S, problems, data, split, args)
     selection["unlearned"] = simulated_tow(lambda S: unlearn(model, h_phi, S, args), model, problems, data, args)
     say(f"simulated ToW of METAUNLEARN: {100 * selection['unlearned']:.1f}")
-    rows["unlearned"] = measure(unlearned, data, split, args)
+    rows["unlearned"] = measure(
+        unlearned, lambda i: raw_batch(data, i), data["targets"], *evaluation_sets(data, split, args), device, args.amp
+    )
     table = compare(rows)
     seconds["evaluate"] = time.time() - clock
     metric = "mAP" if data["targets"].ndim == 2 else "accuracy"
     if rank_and_world()[0] > 0:  # the first process reports
         return stop_processes()
     setting = f"ids{args.ids}-split{args.split_seed}"
-    print_table(rows, table, metric)
+    print_table(rows, table, metric, f"METAUNLEARN {args.preset}")
     result = {
         "method": args.method,
         "dataset": data["name"],
@@ -1083,11 +862,7 @@ def main(argv=None):
         "seconds": seconds,
         **provenance(device),
     }
-    place = (
-        pathlib.Path(args.out)
-        / f"{data['name']}-{setting}{'-dry' * args.dry_run}"
-        / f"{args.method}-seed{args.seed}.json"
-    )
+    place = pathlib.Path(args.out) / f"{data['name']}-{setting}{'-dry' * args.dry_run}" / f"{args.method}-seed{args.seed}.json"
     write_json(place, result)
     say(f"result: {place}   meta-loss: {source}   " + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
     if args.plot:
@@ -1096,6 +871,7 @@ def main(argv=None):
             table,
             place.with_suffix(".png"),
             metric,
+            f"METAUNLEARN {args.preset}",
             f"{data['name']}, {args.ids} identities forgotten, {args.method}, seed {args.seed}",
         )
         say(f"figure: {place.with_suffix('.png')}")
@@ -1103,12 +879,7 @@ def main(argv=None):
         export_support(data, split, args.export_support)
     if args.save:
         save_checkpoint(
-            args.save,
-            kind="model",
-            which="unlearned",
-            model=unlearned.state_dict(),
-            split=split["hash"],
-            architecture=args.model,
+            args.save, kind="model", which="unlearned", model=unlearned.state_dict(), split=split["hash"], architecture=args.model
         )
         say(f"unlearned model: {args.save}")
     stop_processes()

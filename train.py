@@ -41,9 +41,7 @@ from common import (
 from data import crop, describe, identity_split, load, random_crops, raw_batch, targets_of
 
 # What --dataset brings along; a flag on the command line wins. celeba, celebahq: paper App. A (batch size: authors' code).
-_PAPER = dict(
-    model="vit_base_patch16_224", init="pretrained", image_size=224, epochs=30, optimizer="sgd", lr=1e-3, batch_size=32
-)
+_PAPER = dict(model="vit_base_patch16_224", init="pretrained", image_size=224, epochs=30, optimizer="sgd", lr=1e-3, batch_size=32)
 PRESETS = {
     "toyfaces": dict(ids=10),
     "celebahq": dict(_PAPER, ids=20, weight_decay=1e-3, warmup_epochs=2, crop_scale=0.08),
@@ -75,10 +73,7 @@ def add_recipe_arguments(parser):
     add("--weight-decay", type=float, default=0.05, help="paper: 1e-3 (CelebA-HQ), 1e-4 (CelebA)")
     add("--warmup-epochs", type=float, default=2, help="epochs of linear warm-up before the cosine; paper: 2")
     add(
-        "--crop-scale",
-        type=float,
-        default=0.7,
-        help="smallest share of the image's area in RandomResizedCrop; torchvision's default: 0.08",
+        "--crop-scale", type=float, default=0.7, help="smallest share of the image's area in RandomResizedCrop; torchvision's default: 0.08"
     )
     add("--batch-size", type=int, default=64, help="images an optimiser step, over all processes; authors' code: 32")
 
@@ -108,18 +103,11 @@ def train(which: str, data: dict, split: dict, args):
     device, (rank, world) = data["device"], rank_and_world()
     path = checkpoint_folder(args) / f"{which}-seed{args.seed}.pt"
     partial = path.with_suffix(".partial.pt")
-    identity = {
-        "which": which,
-        "split": split["hash"],
-        "seed": args.seed,
-        "target_names": [str(n) for n in data["target_names"]],
-    }
+    identity = {"which": which, "split": split["hash"], "seed": args.seed, "target_names": [str(n) for n in data["target_names"]]}
     identity |= {f"--{key.replace('_', '-')}": getattr(args, key) for key in RECIPE}
     # A seed of its own, so that the gold model does not even share its initial weights with the original.
     seed = 2 * args.seed + (which == "gold")
-    model = build_model(args.model, data["classes"], args.image_size, "none" if path.is_file() else args.init, seed).to(
-        device
-    )
+    model = build_model(args.model, data["classes"], args.image_size, "none" if path.is_file() else args.init, seed).to(device)
     if path.is_file():
         saved = load_checkpoint(path, "model", **identity)
         say(f"{which}: loaded {path} (validation {100 * saved['best']:.1f})")
@@ -138,12 +126,7 @@ def train(which: str, data: dict, split: dict, args):
         saved = load_checkpoint(partial, "partial model", **identity)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first_epoch, best, best_state, seconds = (
-            saved["epoch"] + 1,
-            saved["best"],
-            saved["best_state"],
-            saved["seconds"],
-        )
+        first_epoch, best, best_state, seconds = (saved["epoch"] + 1, saved["best"], saved["best_state"], saved["seconds"])
         say(f"{which}: resuming after epoch {first_epoch}")
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     steps = max(1, math.ceil(len(images) / args.batch_size))
@@ -181,13 +164,7 @@ def train(which: str, data: dict, split: dict, args):
             f"(best {100 * best:.1f}), {time.time() - begin:.1f} s, {left:.0f} s left"
         )
         if rank == 0 and epoch + 1 < epochs:
-            progress = dict(
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                epoch=epoch,
-                best_state=best_state,
-                seconds=seconds,
-            )
+            progress = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, best_state=best_state, seconds=seconds)
             save_checkpoint(partial, kind="partial model", best=best, **progress, **identity)
     if rank == 0:
         save_checkpoint(path, kind="model", model=best_state, best=best, seconds=seconds, indices=split, **identity)
@@ -215,16 +192,8 @@ def main(argv=None):
     say(describe(data, split))
     for which in ("original", "gold") if args.which == "both" else (args.which,):
         model, _ = train(which, data, split, args)
-        sets = {
-            name: predict(model, lambda i: raw_batch(data, i), split[name], device, args.amp)
-            for name in ("retain", "forget")
-        }
-        say(
-            f"{which}:",
-            ", ".join(
-                f"{name} {100 * score(logits, data['targets'][split[name]]):.1f}" for name, logits in sets.items()
-            ),
-        )
+        sets = {name: predict(model, lambda i: raw_batch(data, i), split[name], device, args.amp) for name in ("retain", "forget")}
+        say(f"{which}:", ", ".join(f"{name} {100 * score(logits, data['targets'][split[name]]):.1f}" for name, logits in sets.items()))
     stop_processes()
 
 

@@ -27,9 +27,7 @@ import metaunlearn as M  # noqa: E402
 def problem(args):
     """A model with random weights and a request of --support and --forget random images: speed does not depend on them."""
     S, F, V = args.support, args.forget, args.val
-    run = M.parse_args(
-        ["--model", args.model, "--image-size", str(args.image_size), "--hidden", "512", "--val-images", str(V)]
-    )
+    run = M.parse_args(["--model", args.model, "--image-size", str(args.image_size), "--hidden", "512", "--val-images", str(V)])
     run.amp = False
     device = torch.device(args.device)
     rng = np.random.default_rng(0)
@@ -67,25 +65,10 @@ WAYS = {"floor": floor, "forward": M.meta_gradient_forward, "double": M.meta_gra
 
 def peak(args, way: str, forget: int) -> float:
     """Peak memory of a fresh process doing one step, less that of the same process before it, in MiB."""
-    flags = [
-        "--way",
-        way,
-        "--forget",
-        str(forget),
-        "--model",
-        args.model,
-        "--image-size",
-        str(args.image_size),
-        "--device",
-        args.device,
-    ]
+    flags = ["--way", way, "--forget", str(forget), "--model", args.model, "--image-size", str(args.image_size), "--device", args.device]
     flags += ["--support", str(args.support), "--val", str(args.val)]
     return float(
-        json.loads(
-            subprocess.run(
-                [sys.executable, __file__, *flags], capture_output=True, text=True, check=True
-            ).stdout.splitlines()[-1]
-        )
+        json.loads(subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     )
 
 
@@ -130,14 +113,9 @@ def main():
     )
     for way in WAYS:
         ratios = [a / b for a, b in zip(seconds[way], seconds["floor"], strict=True)]
-        print(
-            f"{way:8s} {median[way]:8.3f} s   {statistics.median(ratios):5.2f} x floor (min {min(ratios):.2f}, max {max(ratios):.2f})"
-        )
+        print(f"{way:8s} {median[way]:8.3f} s   {statistics.median(ratios):5.2f} x floor (min {min(ratios):.2f}, max {max(ratios):.2f})")
     for forget in (args.forget, 4 * args.forget):
-        print(
-            f"peak memory of a step, D_f {forget:4d}: "
-            + ", ".join(f"{way} {peak(args, way, forget):.0f} MiB" for way in WAYS)
-        )
+        print(f"peak memory of a step, D_f {forget:4d}: " + ", ".join(f"{way} {peak(args, way, forget):.0f} MiB" for way in WAYS))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ def exits(capsys, function, *args, **kwargs) -> str:
 def tables(count=200, seed=0):
     """Random (scores, targets): one row, constant scores, heavy ties and none, hardly any positive and all positive."""
     rng = np.random.default_rng(seed)
-    for levels, rate in itertools.islice(
-        itertools.cycle(itertools.product((1, 2, 5, 10**6), (0.05, 0.5, 0.9, 1.0))), count
-    ):
+    for levels, rate in itertools.islice(itertools.cycle(itertools.product((1, 2, 5, 10**6), (0.05, 0.5, 0.9, 1.0))), count):
         shape = 1 if rng.random() < 0.1 else rng.integers(2, 40), rng.integers(1, 5)
         scores = rng.integers(0, levels, shape) / levels * 6 - 3
         yield torch.from_numpy(scores).float(), torch.from_numpy(rng.random(shape) < rate).float()
@@ -52,24 +50,15 @@ def test_average_precision_equals_sklearn():
             else:
                 assert ours.item() == pytest.approx(average_precision_score(t.numpy(), s.numpy()), abs=1e-12)
             kinds.add((t.sum().sign().item(), t.all().item(), len(t) == 1, len(s.unique()) < len(s)))
-    assert [len(set(kind)) for kind in zip(*kinds, strict=True)] == [
-        2,
-        2,
-        2,
-        2,
-    ]  # every kind of column was met, and its opposite
+    assert [len(set(kind)) for kind in zip(*kinds, strict=True)] == [2, 2, 2, 2]  # every kind of column was met, and its opposite
 
 
 def test_average_precision_ignores_order_and_scale():
     """Neither the order of images nor a monotone transform of the scores can change a ranking's value."""
     for scores, targets in tables(40, seed=1):
         perm, ap = torch.randperm(len(scores), generator=common.generator(1)), common.average_precision(scores, targets)
-        torch.testing.assert_close(
-            common.average_precision(scores[perm], targets[perm]), ap, rtol=0, atol=1e-12, equal_nan=True
-        )
-        torch.testing.assert_close(
-            common.average_precision(scores.exp() + 1, targets), ap, rtol=0, atol=1e-12, equal_nan=True
-        )
+        torch.testing.assert_close(common.average_precision(scores[perm], targets[perm]), ap, rtol=0, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(common.average_precision(scores.exp() + 1, targets), ap, rtol=0, atol=1e-12, equal_nan=True)
 
 
 def test_score_is_macro_map_without_empty_columns():
@@ -133,10 +122,7 @@ def test_task_losses_of_attributes_are_torchs():
 
 def test_task_losses_of_classes_are_torchs():
     """Each image's cross entropy."""
-    logits, targets = (
-        3 * torch.randn(6, 5, generator=common.generator(5)),
-        torch.tensor([0, 4, 2, 2, 1, 3], dtype=torch.int32),
-    )
+    logits, targets = (3 * torch.randn(6, 5, generator=common.generator(5)), torch.tensor([0, 4, 2, 2, 1, 3], dtype=torch.int32))
     losses = common.task_losses(logits, targets)
     assert losses.shape == (6,)
     for i in range(6):
@@ -149,9 +135,7 @@ def test_task_losses_of_classes_are_torchs():
 def bad_checkpoint(what, folder):
     """Make folder/model.pt wrong in one way."""
     path = folder / "model.pt"
-    harmful = type(
-        "Harmful", (), {"__reduce__": lambda self: (os.mkdir, (str(folder / "ran"),))}
-    )()  # loading it makes a folder
+    harmful = type("Harmful", (), {"__reduce__": lambda self: (os.mkdir, (str(folder / "ran"),))})()  # loading it makes a folder
     kind, split = "gold" if what == "other kind" else "model", "a" if what == "other split" else "b"
     common.save_checkpoint(path, kind=kind, split=split, weight=torch.ones(999))
     if what == "missing":
@@ -171,17 +155,7 @@ def bad_checkpoint(what, folder):
     return path
 
 
-BAD = [
-    "missing",
-    "text",
-    "empty",
-    "truncated",
-    "no dict",
-    "code in torch.save",
-    "code in pickle",
-    "other kind",
-    "other split",
-]
+BAD = ["missing", "text", "empty", "truncated", "no dict", "code in torch.save", "code in pickle", "other kind", "other split"]
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -201,9 +175,7 @@ def test_the_harmful_checkpoint_is_harmful(tmp_path):
 
 def test_checkpoint_comes_back(tmp_path):
     """What is saved is loaded, tensors, numbers and lists alike, and one expected value after the other is checked."""
-    common.save_checkpoint(
-        tmp_path / "deep" / "model.pt", kind="model", split="b", lr=0.1, blocks=[1, 2], weight=torch.arange(3.0)
-    )
+    common.save_checkpoint(tmp_path / "deep" / "model.pt", kind="model", split="b", lr=0.1, blocks=[1, 2], weight=torch.arange(3.0))
     saved = common.load_checkpoint(tmp_path / "deep" / "model.pt", "model", split="b", lr=0.1, blocks=[1, 2])
     assert torch.equal(saved["weight"], torch.arange(3.0))
 
@@ -246,24 +218,18 @@ def test_another_seed_shares_nothing():
     """A gold model must be fresh: no randomly drawn tensor equal to the original's, and no memory in common."""
     one, two, same = (common.build_model("toy_vit", 5, 16, seed=s) for s in (0, 1, 0))
     drawn = [name for name, p in one.named_parameters() if p.numel() > 1 and p.std() > 0]
-    assert (
-        len(drawn) >= 3 + 4 * 4 + 1
-    )  # two embeddings and the patch projection, four matrices in each of four blocks, the head
+    assert len(drawn) >= 3 + 4 * 4 + 1  # two embeddings and the patch projection, four matrices in each of four blocks, the head
     a, b, c = one.state_dict(), two.state_dict(), same.state_dict()
     assert not any(torch.equal(a[name], b[name]) for name in drawn)
     assert all(torch.equal(a[name], c[name]) for name in a)
-    storages = [
-        {t.untyped_storage().data_ptr() for t in itertools.chain(m.parameters(), m.buffers())} for m in (one, two, same)
-    ]
+    storages = [{t.untyped_storage().data_ptr() for t in itertools.chain(m.parameters(), m.buffers())} for m in (one, two, same)]
     assert not (storages[0] & storages[1] or storages[0] & storages[2] or storages[1] & storages[2])
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.mark.parametrize(
-    "name, size, width, mean, std", [("toy_vit", 16, 64, 0.5, 0.5), ("resnet18", 32, 512, *IMAGENET)]
-)
+@pytest.mark.parametrize("name, size, width, mean, std", [("toy_vit", 16, 64, 0.5, 0.5), ("resnet18", 32, 512, *IMAGENET)])
 def test_model_gives_features_and_logits(name, size, width, mean, std):
     """Shapes, the model's own normalisation, and logits that are the classifier of these features."""
     model, images = common.build_model(name, 5, size).eval(), images_of(2, size)
@@ -375,11 +341,7 @@ def parse(argv, presets):
     return common.parse_with_presets(parser, presets, argv)
 
 
-PRESETS = {
-    "celeba": {"ids": 5, "image_size": 224, "seed": 3},
-    "code": {"seed": 7},
-    ("celeba", "code"): {"split_seed": 9},
-}
+PRESETS = {"celeba": {"ids": 5, "image_size": 224, "seed": 3}, "code": {"seed": 7}, ("celeba", "code"): {"split_seed": 9}}
 
 
 @pytest.mark.parametrize(

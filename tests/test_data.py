@@ -85,9 +85,7 @@ def test_split_keeps_people_apart():
     """Nobody is in two of train, validation and test, nor both retained and forgotten; train_ids are those of the training images."""
     for d, split in splits():
         who = {name: set(d["identities"][split[name]].tolist()) for name in SETS}
-        assert who["retain"] | who["forget"] == set(split["train_ids"]) and len(split["train_ids"]) == len(
-            set(split["train_ids"])
-        )
+        assert who["retain"] | who["forget"] == set(split["train_ids"]) and len(split["train_ids"]) == len(set(split["train_ids"]))
         assert who["forget"] == who["support"] == set(split["forget_ids"])
         assert not any(who[a] & who[b] for a, b in itertools.combinations(("retain", "forget", "val", "test"), 2))
 
@@ -136,9 +134,7 @@ def test_nobody_is_preferred():
     """Over many split seeds everyone is about as often trained on (0.6) and forgotten (5 / 40), whatever their number."""
     d = made(np.repeat(np.arange(40), 4))
     several = [data.identity_split(d, 5, seed) for seed in range(400)]
-    trained, forgotten = (
-        np.bincount([i for s in several for i in s[key]], minlength=40) / 400 for key in ("train_ids", "forget_ids")
-    )
+    trained, forgotten = (np.bincount([i for s in several for i in s[key]], minlength=40) / 400 for key in ("train_ids", "forget_ids"))
     assert abs(trained - 0.6).max() < 0.1 and abs(forgotten - 0.125).max() < 0.07  # four standard deviations
 
 
@@ -206,12 +202,8 @@ def test_requests_change_from_epoch_to_epoch():
     keys = (0, 0), (0, 1), (1, 0), (1, 1), (0, 0)
     runs = [str([(s.tolist(), f.tolist()) for s, f in requests(d, split, 4, seed, epoch)]) for seed, epoch in keys]
     assert len(set(runs)) == 4 and runs[0] == runs[4]
-    supports = [
-        dict((d["identities"][i], i) for s, _ in requests(d, split, 4, 0, epoch) for i in s) for epoch in (0, 1)
-    ]
-    assert (
-        0.5 < np.mean([supports[0][i] != supports[1][i] for i in split["train_ids"]]) < 0.95
-    )  # 4/5: own draw for each person
+    supports = [dict((d["identities"][i], i) for s, _ in requests(d, split, 4, 0, epoch) for i in s) for epoch in (0, 1)]
+    assert 0.5 < np.mean([supports[0][i] != supports[1][i] for i in split["train_ids"]]) < 0.95  # 4/5: own draw for each person
 
 
 def test_requests_of_more_people_than_there_are():
@@ -250,11 +242,7 @@ def test_toyfaces_are_repeatable():
 def test_toyfaces_shapes():
     """One row for each image, in uint8; every identity has its number of images, every image its own name."""
     assert TOY["images"].shape == (480, 32, 32, 3) and TOY["images"].dtype == np.uint8
-    assert (
-        TOY["targets"].shape == (480, 13)
-        and TOY["targets"].dtype == np.uint8
-        and set(np.unique(TOY["targets"])) == {0, 1}
-    )
+    assert TOY["targets"].shape == (480, 13) and TOY["targets"].dtype == np.uint8 and set(np.unique(TOY["targets"])) == {0, 1}
     assert np.bincount(TOY["identities"]).tolist() == [6] * 80
     assert len(set(TOY["names"])) == 480 and len(set(TOY["target_names"])) == 13
 
@@ -266,9 +254,7 @@ def test_toyfaces_labels_belong_to_identity_or_image():
         assert varies > 0.8 if name in data.TOY_PER_IMAGE else varies == 0, name
         assert 0.3 < label[:, 0].mean() < 0.7, name
     secrets = TOY["targets"][::6, -4:].astype(float)
-    assert (
-        abs(np.corrcoef(TOY["targets"][::6].T.astype(float))[-4:] - np.eye(13)[-4:]).max() < 0.45
-    )  # they follow from no other label
+    assert abs(np.corrcoef(TOY["targets"][::6].T.astype(float))[-4:] - np.eye(13)[-4:]).max() < 0.45  # they follow from no other label
     assert len(np.unique(secrets, axis=0)) == 16
 
 
@@ -281,9 +267,7 @@ def area(x0, x1, y0, y1):
 def test_toyfaces_show_a_hat():
     """Above the head there is a cap with the label and background without it."""
     pixels = TOY["images"] / 255
-    above, corner = (
-        pixels[(slice(None), *area(*box))].mean((1, 2)) for box in ((-0.1, 0.1, -0.95, -0.85), (0.85, 1, -1, -0.85))
-    )
+    above, corner = (pixels[(slice(None), *area(*box))].mean((1, 2)) for box in ((-0.1, 0.1, -0.95, -0.85), (0.85, 1, -1, -0.85)))
     change, hat = abs(above - corner).mean(1), TOY["targets"][:, data.TOY_PER_IMAGE.index("hat")] == 1
     assert np.median(change[hat]) > 0.15 > 0.08 > np.median(change[~hat])
 
@@ -320,9 +304,7 @@ def test_toyfaces_have_a_persistent_look():
 def boxes(maps, S):
     """(left, top, width, height) in pixels, (B, 4), and whether it is flipped, (B,), from affine maps."""
     width, height = S * maps[:, 0, 0].abs(), S * maps[:, 1, 1]
-    return torch.stack(
-        [((maps[:, 0, 2] + 1) * S - width) / 2, ((maps[:, 1, 2] + 1) * S - height) / 2, width, height], 1
-    ), maps[:, 0, 0] < 0
+    return torch.stack([((maps[:, 0, 2] + 1) * S - width) / 2, ((maps[:, 1, 2] + 1) * S - height) / 2, width, height], 1), maps[:, 0, 0] < 0
 
 
 @pytest.mark.parametrize("S, scale", [(32, 0.08), (33, 0.5), (48, 0.7)])
@@ -332,9 +314,7 @@ def test_crop_equals_torchvision(S, scale):
     maps = data.random_crops(60, S, scale, generator(2))
     cut, (box, flipped) = data.crop(images, maps), boxes(maps, S)
     assert 15 < flipped.sum() < 45 and not torch.allclose(cut, images, atol=0.1)
-    for image, ours, (left, top, width, height), flip in zip(
-        images, cut, box.round().int().tolist(), flipped, strict=True
-    ):
+    for image, ours, (left, top, width, height), flip in zip(images, cut, box.round().int().tolist(), flipped, strict=True):
         theirs = TF.resized_crop(image, top, left, height, width, [S, S], antialias=True)
         theirs = TF.hflip(theirs) if flip else theirs
         x, y = -(-S // width), -(-S // height)  # half a source pixel, doubled
@@ -345,11 +325,7 @@ def test_crop_equals_torchvision(S, scale):
 def test_crops_are_drawn_as_torchvision_draws_them(S, scale):
     """Whole pixels inside the image; area, aspect and place are distributed as RandomResizedCrop's; half are flipped."""
     box, flipped = boxes(data.random_crops(20000, S, scale, generator(3)), S)
-    assert (
-        (box - box.round()).abs().max() < 1e-3
-        and box.round().min() >= 0
-        and (box[:, :2] + box[:, 2:]).round().max() <= S
-    )
+    assert (box - box.round()).abs().max() < 1e-3 and box.round().min() >= 0 and (box[:, :2] + box[:, 2:]).round().max() <= S
     assert flipped.double().mean().item() == pytest.approx(0.5, abs=0.02)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -415,9 +391,7 @@ def make_celeba(root, count=20):
     """Rows in an order that is neither sorted nor the identity file's."""
     names = [f"{i:06d}.jpg" for i in np.random.default_rng(0).permutation(count) + 1]
     digits = write_table(root / "celeba" / "list_attr_celeba.txt", names)
-    write_pairs(
-        root / "celeba" / "identity_CelebA.txt", sorted((name, 100 + row // 2) for row, name in enumerate(names))
-    )
+    write_pairs(root / "celeba" / "identity_CelebA.txt", sorted((name, 100 + row // 2) for row, name in enumerate(names)))
     write_images(root / "celeba" / "img_align_celeba", names)
     return names, digits
 
@@ -427,16 +401,10 @@ def make_celebahq(root, count=20, direct=False):
     folder, names = root / "CelebAMask-HQ", [f"{i}.jpg" for i in range(count)]
     digits = write_table(folder / "CelebAMask-HQ-attribute-anno.txt", names)
     if direct:
-        write_pairs(
-            folder / "CelebA-HQ-identity.txt",
-            [(name, 100 + row // 2) for row, name in reversed(list(enumerate(names)))],
-        )
+        write_pairs(folder / "CelebA-HQ-identity.txt", [(name, 100 + row // 2) for row, name in reversed(list(enumerate(names)))])
     else:
         original = np.random.default_rng(1).permutation(500)[:count] + 1
-        lines = [
-            "idx         orig_idx    orig_file",
-            *(f"{i:<12}{o - 1:<12}{o:06d}.jpg" for i, o in enumerate(original)),
-        ]
+        lines = ["idx         orig_idx    orig_file", *(f"{i:<12}{o - 1:<12}{o:06d}.jpg" for i, o in enumerate(original))]
         (folder / "CelebA-HQ-to-CelebA-mapping.txt").write_text("\n".join(lines) + "\n")
         identity = dict.fromkeys(range(1, 501), 7) | {o: 100 + i // 2 for i, o in enumerate(original)}
         write_pairs(root / "celeba" / "identity_CelebA.txt", [(f"{o:06d}.jpg", i) for o, i in identity.items()])
@@ -461,12 +429,7 @@ def test_reader_keeps_image_labels_and_identity_together(tree, tmp_path):
     dataset, make = TREES[tree]
     names, digits = make(tmp_path, 300)
     d = data.load(args_of(dataset, tmp_path))
-    assert (
-        d["images"].shape == (300, 8, 8, 3)
-        and d["images"].dtype == torch.uint8
-        and d["name"] == dataset
-        and d["classes"] == 9
-    )
+    assert d["images"].shape == (300, 8, 8, 3) and d["images"].dtype == torch.uint8 and d["name"] == dataset and d["classes"] == 9
     assert d["names"].tolist() == names and d["target_names"].tolist() == [f"Bit_{i}" for i in range(9)]
     assert np.array_equal(d["targets"].numpy(), digits) and d["targets"].dtype == torch.float32
     assert d["identities"].tolist() == [100 + row // 2 for row in range(300)]
@@ -484,9 +447,7 @@ def test_annotations_alone_give_the_split(tree, tmp_path, capsys):
     make(tmp_path, 60)
     shutil.rmtree(tmp_path / ("celeba/img_align_celeba" if dataset == "celeba" else "CelebAMask-HQ/CelebA-HQ-img"))
     data.main(["--dataset", dataset, "--data-dir", str(tmp_path), "--ids", "4", "--annotations-only"])
-    assert (
-        "60 images of 30 identities (18 for training); D_r 28, D_f 4, S 4, D_v 12, D_te 12" in capsys.readouterr().out
-    )
+    assert "60 images of 30 identities (18 for training); D_r 28, D_f 4, S 4, D_v 12, D_te 12" in capsys.readouterr().out
 
 
 def test_images_are_squashed_whole(tmp_path):
@@ -550,12 +511,8 @@ def make_qmnist(root, count=(30, 20)):
         labels = rng.integers(0, 10**4, (n, 8)).astype(">i4")
         labels[:, 0], labels[:, 2] = rng.permutation(n) % 10, rng.integers(0, 5, n) + (2000 if part == "test" else 0)
         images = np.broadcast_to((labels[:, 0] * 20).astype(np.uint8)[:, None, None], (n, 28, 28))
-        (folder / f"qmnist-{part}-images-idx3-ubyte").write_bytes(
-            np.array([0x803, n, 28, 28], ">i4").tobytes() + images.tobytes()
-        )
-        (folder / f"qmnist-{part}-labels-idx2-int").write_bytes(
-            np.array([0xC02, n, 8], ">i4").tobytes() + labels.tobytes()
-        )
+        (folder / f"qmnist-{part}-images-idx3-ubyte").write_bytes(np.array([0x803, n, 28, 28], ">i4").tobytes() + images.tobytes())
+        (folder / f"qmnist-{part}-labels-idx2-int").write_bytes(np.array([0xC02, n, 8], ">i4").tobytes() + labels.tobytes())
         tables.append(labels.astype(int))
     return np.concatenate(tables)
 
@@ -576,16 +533,8 @@ def test_missing_dataset_explains_itself(tmp_path, capsys):
     make_qmnist(tmp_path / "damaged")
     cut(tmp_path / "damaged" / "QMNIST" / "raw" / "qmnist-test-labels-idx2-int", 99)
     for dataset, root, tree in (
-        (
-            "celeba",
-            "nothing",
-            ("celeba/img_align_celeba/000001.jpg", "celeba/list_attr_celeba.txt", "celeba/identity_CelebA.txt"),
-        ),
-        (
-            "celebahq",
-            "nothing",
-            ("CelebAMask-HQ/CelebA-HQ-img/0.jpg", "CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt"),
-        ),
+        ("celeba", "nothing", ("celeba/img_align_celeba/000001.jpg", "celeba/list_attr_celeba.txt", "celeba/identity_CelebA.txt")),
+        ("celebahq", "nothing", ("CelebAMask-HQ/CelebA-HQ-img/0.jpg", "CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt")),
         ("celebahq", "no identities", ("CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt", "celeba/identity_CelebA.txt")),
         ("qmnist", "damaged", ("QMNIST/raw",)),
     ):
@@ -632,32 +581,19 @@ def make_pair(folder, **changes):
     return data.parse_args(["--dataset", str(folder / "mine")])
 
 
-@pytest.mark.parametrize(
-    "targets, classes, dtype", [(np.eye(12)[:, :3], 3, torch.float32), (np.arange(12) % 5, 5, torch.int64)]
-)
+@pytest.mark.parametrize("targets, classes, dtype", [(np.eye(12)[:, :3], 3, torch.float32), (np.arange(12) % 5, 5, torch.int64)])
 def test_own_pair_by_its_path(targets, classes, dtype, tmp_path):
     """--dataset PATH for multi-label and for classes; the pair's own size is the image size; optional names get defaults."""
     args = make_pair(tmp_path, targets=targets)
     d = data.load(args)
-    assert (
-        args.image_size == 8 and d["name"] == "mine" and d["classes"] == classes and len(d["target_names"]) == classes
-    )
-    assert (
-        np.array_equal(d["targets"], targets)
-        and d["targets"].dtype == dtype
-        and d["identities"].tolist() == [i // 2 for i in range(12)]
-    )
+    assert args.image_size == 8 and d["name"] == "mine" and d["classes"] == classes and len(d["target_names"]) == classes
+    assert np.array_equal(d["targets"], targets) and d["targets"].dtype == dtype and d["identities"].tolist() == [i // 2 for i in range(12)]
     assert np.array_equal(d["images"], np.load(tmp_path / "mine.npy")) and len(d["names"]) == 12
 
 
 def test_digest_follows_the_annotations(tmp_path):
     """Another label or identity gives another digest, and so another split hash; other pixels do not."""
-    changed = [
-        {},
-        {"targets": np.eye(12)[:, :3]},
-        {"identities": np.arange(12)[::-1] // 2},
-        {"images": np.zeros((12, 8, 8, 3), np.uint8)},
-    ]
+    changed = [{}, {"targets": np.eye(12)[:, :3]}, {"identities": np.arange(12)[::-1] // 2}, {"images": np.zeros((12, 8, 8, 3), np.uint8)}]
     digests = [data.load(make_pair(tmp_path, **change))["digest"] for change in changed]
     assert len(set(digests)) == 3 and digests[0] == digests[3]
 
@@ -732,9 +668,5 @@ def test_celebahq_has_6217_identities(tmp_path):
     assert d["target_names"][20] == "Male" and d["names"][0] == "0.jpg"
     split = data.identity_split(d | {"name": "celebahq", "digest": "annotations"}, 20, 0)
     train = sum(len(split[name]) for name in ("retain", "forget", "support"))
-    assert (
-        17970 < train <= 18000
-        and 5970 < len(split["val"]) <= 6030
-        and len(split["support"]) == 20 <= len(split["forget"])
-    )
+    assert 17970 < train <= 18000 and 5970 < len(split["val"]) <= 6030 and len(split["support"]) == 20 <= len(split["forget"])
     assert split["hash"] == "bb91aa237127cf88"

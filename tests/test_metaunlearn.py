@@ -33,9 +33,7 @@ PRESET_FLAGS = {
 
 def problem(small, *extra, dtype=torch.float64, classes=False, model="toy_vit", hidden="6"):
     """A model, a meta-loss away from its zero initialisation, and one simulated request, in float64."""
-    args = M.parse_args(
-        ["--dataset", small, "--ids", "3", "--model", model, "--hidden", hidden, "--val-images", "8", *extra]
-    )
+    args = M.parse_args(["--dataset", small, "--ids", "3", "--model", model, "--hidden", hidden, "--val-images", "8", *extra])
     args.amp, args.retain_images = False, 7
     data = D.load(args)
     if classes:
@@ -52,17 +50,7 @@ def problem(small, *extra, dtype=torch.float64, classes=False, model="toy_vit", 
     theta = M.updatable(net, args.freeze_embeddings)
     S = M.support_batch(data, split["train_ids"], support, theta)
     return types.SimpleNamespace(
-        args=args,
-        data=data,
-        split=split,
-        net=net,
-        h=h_phi,
-        parts=parts,
-        cache=cache,
-        theta=theta,
-        S=S,
-        forget=forget,
-        support=support,
+        args=args, data=data, split=split, net=net, h=h_phi, parts=parts, cache=cache, theta=theta, S=S, forget=forget, support=support
     )
 
 
@@ -90,11 +78,7 @@ def plain_A(p, h, weights=None):
     theta_u = {k: t - p.args.eta * d for (k, t), d in zip(theta.items(), g, strict=True)}
     with torch.no_grad():
         loss, found = {}, []
-        for name, at, indices in (
-            ("f", theta_u, p.forget),
-            ("v", theta_u, p.parts[0]["v"]),
-            ("v0", theta, p.split["val"]),
-        ):
+        for name, at, indices in (("f", theta_u, p.forget), ("v", theta_u, p.parts[0]["v"]), ("v0", theta, p.split["val"])):
             x = (p.data["images"][indices].permute(0, 3, 1, 2) / 255.0).double()
             logits, y = functional_call(p.net, at, (x,))[1], p.data["targets"][indices].double()
             loss[name] = F.binary_cross_entropy_with_logits(logits, y)
@@ -135,8 +119,7 @@ def test_both_meta_gradients_against_finite_differences_of_equation_8(small):
     n = sum(q.numel() for q in p.h.parameters())
     step = 1e-4
     slope = [
-        (plain_A(p, shifted(p.h, i, step), weights)[0] - plain_A(p, shifted(p.h, i, -step), weights)[0]) / (2 * step)
-        for i in range(n)
+        (plain_A(p, shifted(p.h, i, step), weights)[0] - plain_A(p, shifted(p.h, i, -step), weights)[0]) / (2 * step) for i in range(n)
     ]
     slope = torch.tensor(slope, dtype=torch.float64)
     for way in (forward, double):
@@ -155,9 +138,7 @@ def test_every_preset_against_finite_differences(small, extra):
     p = problem(small, *extra)
     _, gradient, frozen = double(p)
     rng = torch.Generator().manual_seed(0)
-    direction = flat(gradient) / flat(gradient).norm() + 0.1 * torch.randn(
-        len(flat(gradient)), generator=rng, dtype=torch.float64
-    )
+    direction = flat(gradient) / flat(gradient).norm() + 0.1 * torch.randn(len(flat(gradient)), generator=rng, dtype=torch.float64)
     A = [double(p, h=shifted(p.h, slice(None), sign * 1e-5 * direction), frozen=frozen)[0] for sign in (1, -1)]
     assert (A[0] - A[1]) / 2e-5 == pytest.approx(float(flat(gradient) @ direction), rel=1e-6)
 
@@ -181,10 +162,7 @@ MUTANTS = {
         "g_z = torch.autograd.grad(M, z_leaf, retain_graph=True",
     ),
     "sign of the inner step": ("p - eta * g for", "p + eta * g for"),
-    "features forgotten in the forward-mode product": (
-        "zip(g_z, z_dot, strict=True))",
-        "list(zip(g_z, z_dot, strict=True))[1:])",
-    ),
+    "features forgotten in the forward-mode product": ("zip(g_z, z_dot, strict=True))", "list(zip(g_z, z_dot, strict=True))[1:])"),
     "eta forgotten": ("-args.eta * along", "-along"),
     "sign of the meta-gradient": ("-args.eta * along", "args.eta * along"),
     "v of the last set only": (
@@ -319,9 +297,7 @@ def test_auxiliary_loss_by_hand():
 
 def test_request_parts(small):
     p = problem(small)
-    assert (
-        len(p.parts) == 1 and np.array_equal(p.parts[0]["f"], p.forget) and set(p.parts[0]["v"]) <= set(p.split["val"])
-    )
+    assert len(p.parts) == 1 and np.array_equal(p.parts[0]["f"], p.forget) and set(p.parts[0]["v"]) <= set(p.split["val"])
     q = problem(small, "--preset", "code", "--pair-size", "4", "--retain-weight", "1")
     assert [len(part["f"]) for part in q.parts] == [4, 4, 1] and all(len(part["v"]) == 4 for part in q.parts)
     assert sum(part["weight"] for part in q.parts) == pytest.approx(1)
@@ -340,7 +316,7 @@ def test_compare_by_hand():
         "retrained": row(0.9, 0.6, 0.7, [0.9, 0.8]),
         "unlearned": row(0.8, 0.7, 0.7, [0.85, 0.6]),
     }
-    table = M.compare(rows)
+    table = common.compare(rows)
     assert table["original"]["tow"] == pytest.approx(0.8) and table["retrained"]["tow"] == 1
     assert table["unlearned"]["tow"] == pytest.approx(0.9 * 0.9)
     assert table["unlearned"]["forget_lost"] == pytest.approx(0.1)
@@ -368,11 +344,11 @@ def without_clock(result):
 def test_run_writes_the_result_and_repeats_exactly(flags, tmp_path):
     first = run(flags, "--plot", "--no-amp")
     folder = tmp_path / "out" / "small-ids4-split0"
-    assert (
-        json.loads((folder / "metaunlearn-paper-hidden=16-metaepochs=2-seed0.json").read_text())["tow"] == first["tow"]
-    )
+    assert json.loads((folder / "metaunlearn-paper-hidden=16-metaepochs=2-seed0.json").read_text())["tow"] == first["tow"]
     assert (folder / "metaunlearn-paper-hidden=16-metaepochs=2-seed0.png").stat().st_size > 10_000
-    for key in "method dataset setting seed split_hash access args metrics tow seconds peak_memory_bytes device versions commit date".split():
+    for (
+        key
+    ) in "method dataset setting seed split_hash access args metrics tow seconds peak_memory_bytes device versions commit date".split():
         assert key in first
     other = [str(tmp_path / "again") if f == str(tmp_path / "ckpt") else f for f in flags]
     assert without_clock(run(other)) == without_clock(first)
@@ -381,14 +357,7 @@ def test_run_writes_the_result_and_repeats_exactly(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra",
-    [
-        ["--preset", "code"],
-        ["--preset", "selective"],
-        ["--aux-loss", "scrub"],
-        ["--meta-ids", "2"],
-        ["--hypergradient", "double"],
-    ],
+    "extra", [["--preset", "code"], ["--preset", "selective"], ["--aux-loss", "scrub"], ["--meta-ids", "2"], ["--hypergradient", "double"]]
 )
 def test_dry_run_goes_through_everything_and_is_kept_apart(flags, tmp_path, extra):
     result = run(flags, "--dry-run", *extra)
@@ -428,17 +397,7 @@ def test_two_processes_equal_one(flags, tmp_path):
 
     extra = ["--requests-per-step", "2", "--no-amp"]
     two = [str(tmp_path / "two") if f == str(tmp_path / "ckpt") else f for f in flags]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "metaunlearn.py",
-        *two,
-        *extra,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "metaunlearn.py", *two, *extra]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     run(flags, *extra)
@@ -448,9 +407,7 @@ def test_two_processes_equal_one(flags, tmp_path):
         ("metaunlearn-paper-hidden=16-metaepochs=2-requestsperstep=2-seed0", "phi"),
     ):
         one, other = (
-            common.load_checkpoint(
-                next((tmp_path / folder).rglob(name + ".pt")), "model" if key == "model" else "meta-loss"
-            )[key]
+            common.load_checkpoint(next((tmp_path / folder).rglob(name + ".pt")), "model" if key == "model" else "meta-loss")[key]
             for folder in ("ckpt", "two")
         )
         for k in one:
@@ -459,11 +416,7 @@ def test_two_processes_equal_one(flags, tmp_path):
 
 def test_gold_never_sees_the_forget_set_and_shares_nothing(flags, monkeypatch):
     args = T.parse_args(
-        [
-            f
-            for i, f in enumerate(flags)
-            if f not in ("--meta-epochs", "--hidden") and flags[i - 1] not in ("--meta-epochs", "--hidden")
-        ]
+        [f for i, f in enumerate(flags) if f not in ("--meta-epochs", "--hidden") and flags[i - 1] not in ("--meta-epochs", "--hidden")]
     )
     args.amp = False
     data = D.load(args)
@@ -490,18 +443,7 @@ def test_unlearning_later_needs_pictures_labels_and_the_meta_loss_only(flags, tm
 
     for name in ("load", "identity_split", "raw_batch", "train"):
         monkeypatch.setattr(M, name, forbidden)
-    M.main(
-        [
-            "--meta-loss",
-            str(saved),
-            "--support",
-            str(tmp_path / "S"),
-            "--save",
-            str(tmp_path / "later.pt"),
-            "--device",
-            "cpu",
-        ]
-    )
+    M.main(["--meta-loss", str(saved), "--support", str(tmp_path / "S"), "--save", str(tmp_path / "later.pt"), "--device", "cpu"])
     now, later = (common.load_checkpoint(tmp_path / name, "model")["model"] for name in ("now.pt", "later.pt"))
     assert all(torch.allclose(now[k], later[k], atol=1e-6) for k in now)
     assert any(not torch.equal(later[k], t) for k, t in common.load_checkpoint(saved, "meta-loss")["theta"].items())
@@ -557,8 +499,7 @@ def test_bad_files_get_one_line_and_nothing_half_written_stays(flags, tmp_path, 
     refused(capsys, "cannot be used", M.main, later)
     (tmp_path / "S" / "labels.csv").write_text(
         "\n".join(
-            ",".join(["999" if i == 1 and n else c for i, c in enumerate(row.split(","))])
-            for n, row in enumerate(labels.splitlines())
+            ",".join(["999" if i == 1 and n else c for i, c in enumerate(row.split(","))]) for n, row in enumerate(labels.splitlines())
         )
     )
     refused(capsys, "identity 999 was not in training", M.main, later)
@@ -571,16 +512,7 @@ def test_bad_files_get_one_line_and_nothing_half_written_stays(flags, tmp_path, 
 
 def test_default_run_forgets(tmp_path):
     """The run that README shows first, with every default: closer to the gold model than before, and by forgetting."""
-    folders = [
-        "--data-dir",
-        str(tmp_path),
-        "--out",
-        str(tmp_path),
-        "--checkpoint-dir",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
+    folders = ["--data-dir", str(tmp_path), "--out", str(tmp_path), "--checkpoint-dir", str(tmp_path), "--device", "cpu"]
     result = M.main(folders)
     table = result["comparison"]
     assert result["dataset"] == "toyfaces" and result["method"] == "metaunlearn-paper"
