@@ -347,7 +347,7 @@ def compare(rows: dict) -> dict:
     return table
 
 
-LABELS = {"original": "Trained", "retrained": "Retrained (gold)", "ascent": "1 ascent step on S", "unlearned": "METAUNLEARN"}
+LABELS = {"original": "Trained", "retrained": "Retrained (gold)", "ascent": "1 ascent step on S"}
 
 
 def print_table(rows: dict, table: dict, metric: str, method: str):

@@ -83,7 +83,7 @@ _DATASETS = {"celebahq": _FACES, "celeba": _FACES, "qmnist": dict(meta_epochs=1)
 _METHODS = {
     "paper": dict(),
     "code": dict(distance="smooth_l1", stop_val_gradient=True, pair_size=64, freeze_embeddings=True, zero_init=False),
-    "selective": dict(inputs="logits,targets,losses", aux_loss="second", accuracy_weight=False, retain_weight=1.0),
+    "selective": dict(inputs="logits,targets,losses", aux_loss="second", accuracy_weight=False, retain_weight=0.3, alpha_step=0.1),
 }
 PRESETS = {name: TRAINING_PRESETS.get(name, {}) | _DATASETS.get(name, {}) for name in TRAINING_PRESETS} | _METHODS
 
@@ -99,7 +99,7 @@ class MetaLoss(nn.Module):
     who (N_s,) rows of the identity table -> (), the mean over images. Source: Sec. 4.3, Table 4; layers: authors' code.
     """
 
-    def __init__(self, inputs, outputs, features, identities, hidden=128, dropout=0.0, zero_init=True, multilabel=True):
+    def __init__(self, inputs, outputs, features, identities, hidden=128, dropout=0.0, zero_init=True, multilabel=True, theta=None):
         super().__init__()
         self.inputs, self.multilabel, self.outputs = list(inputs), multilabel, outputs
         width = {"logits": outputs, "features": features, "targets": outputs, "ids": 64, "losses": outputs if multilabel else 1}
@@ -117,6 +117,14 @@ class MetaLoss(nn.Module):
         )
         if zero_init:
             nn.init.zeros_(self.mlp[-2].weight)
+        # Ours, after Meta-SGD (Li et al., 2017): a step size for each parameter of theta, part of phi. None: eta for all.
+        self.log_step = nn.ParameterList(torch.zeros_like(p) for p in theta.values()) if theta else None
+
+    def step_sizes(self, theta: dict, eta: float) -> list[Tensor]:
+        """eta of each parameter tensor: () where it is fixed, the tensor's own shape where it is learned."""
+        if self.log_step is None:
+            return [torch.as_tensor(eta, dtype=p.dtype, device=p.device) for p in theta.values()]
+        return [eta * s.exp() for s in self.log_step]
 
     def forward(self, features: Tensor, logits: Tensor, targets: Tensor, who: Tensor) -> Tensor:
         if self.multilabel:
@@ -146,9 +154,9 @@ def updatable(model: nn.Module, freeze_embeddings: bool) -> dict:
     return {k: p.detach() for k, p in model.named_parameters() if k.split(".")[-1] not in left_out}
 
 
-def inner_step(theta: dict, gradient, eta: float) -> dict:
-    """theta_u = theta - eta * grad_theta h_phi(f_theta(S)). Source: Eq. (4), Alg. 1 lines 12 and 21."""
-    return {k: p - eta * g for (k, p), g in zip(theta.items(), gradient, strict=True)}  # Eq. (4)
+def inner_step(theta: dict, gradient, eta) -> dict:
+    """theta_u = theta - eta * grad_theta h_phi(f_theta(S)), with an eta for each tensor. Source: Eq. (4), Alg. 1 line 12."""
+    return {k: p - e * g for (k, p), g, e in zip(theta.items(), gradient, eta, strict=True)}  # Eq. (4)
 
 
 def auxiliary_loss(L: dict, mAP: dict, args) -> Tensor:
@@ -331,7 +339,7 @@ def meta_gradient_double(model, h_phi, theta, S, parts, data, cache, args, froze
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         M = h_phi(*outputs(model, theta, images, args), targets, who)  # Alg. 1, line 11
         g = torch.autograd.grad(M, list(theta.values()), create_graph=True)  # keeps the graph that leads to phi
-    theta_u = inner_step(theta, g, args.eta)
+    theta_u = inner_step(theta, g, h_phi.step_sizes(theta, args.eta))
     A, constants = 0.0, []
     for i, part in enumerate(parts):
         A_part, seen = auxiliary(model, theta_u, part, data, cache, args, frozen and frozen[i])
@@ -344,7 +352,7 @@ def meta_gradient_forward(model, h_phi, theta, S, parts, data, cache, args):
     """grad_phi A, exact, with no second-order graph through the model. Returns A, gradients, theta_u.
 
     phi enters through one inner step, so with z = f_theta(S) = (features, logits) and v = dA/dtheta_u
-        grad_phi A = -eta * grad_phi < grad_z h_phi(z), z' >,   z' = J_theta f(S) v
+        grad_phi A = -grad_phi < grad_z h_phi(z), z' >,   z' = J_theta f(S) eta v
     v is an ordinary backward pass, z' one forward-mode pass over S, and only the MLP is differentiated twice.
     """
     images, targets, who = S
@@ -354,17 +362,20 @@ def meta_gradient_forward(model, h_phi, theta, S, parts, data, cache, args):
     M = h_phi(*z_leaf, targets, who)  # Alg. 1, line 11
     g_z = torch.autograd.grad(M, z_leaf, create_graph=True, materialize_grads=True, allow_unused=True)
     g = torch.autograd.grad(z, list(leaf.values()), [t.detach() for t in g_z])
-    theta_u = inner_step(theta, g, args.eta)
+    eta = h_phi.step_sizes(theta, args.eta)
+    theta_u = inner_step(theta, g, [e.detach() for e in eta])
     A, v = 0.0, [torch.zeros_like(p) for p in theta.values()]
     for part in parts:
         A_part, v_part = auxiliary_gradient(model, theta_u, part, data, cache, args)
         A += part["weight"] * A_part
         torch._foreach_add_(v, v_part, alpha=part["weight"])
-    tangent = dict(zip(theta, v, strict=True))
+    tangent = {k: e.detach() * d for k, e, d in zip(theta, eta, v, strict=True)}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
         _, z_dot = jvp(lambda t: outputs(model, t, images, args), (theta,), (tangent,))
     along = sum((a * b).sum() for a, b in zip(g_z, z_dot, strict=True))
-    gradient = torch.autograd.grad(-args.eta * along, list(h_phi.parameters()), materialize_grads=True, allow_unused=True)
+    if h_phi.log_step is not None:  # theta_u also depends on phi through the step sizes themselves
+        along = along + sum((e * a * b).sum() for e, a, b in zip(eta, g, v, strict=True))
+    gradient = torch.autograd.grad(-along, list(h_phi.parameters()), materialize_grads=True, allow_unused=True)
     return A, gradient, theta_u
 
 
@@ -376,7 +387,12 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
     if per_step % world:
         fail(f"--requests-per-step {per_step} must be a multiple of the {world} processes")
     h_phi = new_meta_loss(model, data, split, args).to(device)
-    optimizer = torch.optim.AdamW(h_phi.parameters(), lr=args.alpha, weight_decay=0.0, amsgrad=True)
+    learned = [name.startswith("log_step") for name, _ in h_phi.named_parameters()]
+    groups = [
+        {"params": [p for p, step in zip(h_phi.parameters(), learned, strict=True) if step == which], "peak": peak}
+        for which, peak in ((False, args.alpha), (True, args.alpha_step))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.alpha, weight_decay=0.0, amsgrad=True)
     content = meta_loss_content(data, split, args)
     partial, first_epoch, before = path.with_suffix(".partial.pt"), 0, 0.0
     if args.resume and partial.is_file():
@@ -410,7 +426,7 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
                     torch.distributed.all_reduce(t)
                 p.grad = t / len(batch)
             for group in optimizer.param_groups:
-                group["lr"] = args.alpha * 0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps)))
+                group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps)))
             optimizer.step()  # Alg. 1, line 16
         if not all(torch.isfinite(p).all() for p in h_phi.parameters()):
             fail(f"the meta-loss is no longer finite in epoch {epoch + 1}; lower --alpha (now {args.alpha}) or --eta (now {args.eta})")
@@ -435,29 +451,28 @@ def new_meta_loss(model, data, split, args) -> MetaLoss:
     if not set(inputs) <= {"logits", "features", "targets", "ids", "losses"} or not set(inputs) & {"logits", "features", "losses"}:
         fail(f"--inputs {args.inputs}: name some of logits, features, targets, ids, losses, at least one of logits, features, losses")
     shape = (data["classes"], model.net.num_features, len(split["train_ids"]))
-    return MetaLoss(inputs, *shape, args.hidden, args.dropout, args.zero_init, data["targets"].ndim == 2)
+    return MetaLoss(
+        inputs,
+        *shape,
+        args.hidden,
+        args.dropout,
+        args.zero_init,
+        data["targets"].ndim == 2,
+        updatable(model, args.freeze_embeddings) if args.alpha_step else None,
+    )
 
 
+# The flags that make one meta-loss another; saved with it, and part of its file name where they differ from the preset's.
 META_FLAGS = (
-    "inputs",
-    "hidden",
-    "dropout",
-    "zero_init",
-    "eta",
-    "alpha",
-    "meta_epochs",
-    "meta_ids",
-    "aux_loss",
-    "accuracy_weight",
-    "distance",
+    *("preset", "inputs", "hidden", "dropout", "zero_init", "eta", "alpha", "alpha_step", "meta_epochs", "meta_ids", "requests_per_step"),
+    *("aux_loss", "accuracy_weight", "distance", "stop_val_gradient", "pair_size", "val_images", "freeze_embeddings"),
+    *("retain_weight", "retain_images"),
 )
-META_FLAGS += ("stop_val_gradient", "pair_size", "val_images", "freeze_embeddings", "retain_weight", "retain_images", "requests_per_step")
 
 
 def meta_loss_content(data, split, args) -> dict:
     """What a meta-loss file says of itself: enough to unlearn with no other file at hand."""
     return {
-        "preset": args.preset,
         "split": split["hash"],
         "seed": args.seed,
         "model": args.model,
@@ -483,7 +498,7 @@ def unlearn(model, h_phi, S, args) -> dict:
     images, targets, who = S
     M = h_phi(*outputs(model, theta, images, args), targets, who)  # Alg. 1, line 20
     g = torch.autograd.grad(M, list(theta.values()), materialize_grads=True, allow_unused=True)
-    return {k: p.detach() for k, p in inner_step(theta, g, args.eta).items()}  # Alg. 1, line 21
+    return {k: p.detach() for k, p in inner_step(theta, g, h_phi.step_sizes(theta, args.eta)).items()}  # Alg. 1, line 21
 
 
 def ascend(model, S, lr: float, args) -> dict:
@@ -492,7 +507,7 @@ def ascend(model, S, lr: float, args) -> dict:
     images, targets, _ = S
     loss = task_losses(outputs(model, theta, images, args)[1], targets).mean()
     g = torch.autograd.grad(loss, list(theta.values()))
-    return {k: p.detach() for k, p in inner_step(theta, g, -lr).items()}
+    return {k: p.detach() for k, p in inner_step(theta, g, [-lr] * len(g)).items()}
 
 
 def simulated_problem(model, data, split, args, images=256) -> list[dict]:
@@ -697,7 +712,8 @@ def unlearn_from_files(args, device):
     model = build_model(saved["model"], len(saved["target_names"]), saved["image_size"]).to(device).eval()
     model.load_state_dict(saved["theta"])
     shape = (len(saved["target_names"]), model.net.num_features, len(saved["train_ids"]))
-    h_phi = MetaLoss(saved["inputs"].split(","), *shape, saved["hidden"], saved["dropout"], multilabel=saved["multilabel"]).to(device)
+    theta = updatable(model, saved["freeze_embeddings"]) if saved["alpha_step"] else None
+    h_phi = MetaLoss(saved["inputs"].split(","), *shape, saved["hidden"], saved["dropout"], True, saved["multilabel"], theta).to(device)
     h_phi.load_state_dict(saved["phi"])
     S = read_support(args.support, saved, device)
     run = argparse.Namespace(**vars(args) | {"eta": saved["eta"], "freeze_embeddings": saved["freeze_embeddings"]})
@@ -730,6 +746,12 @@ def parse_args(argv=None):
     )
     add("--eta", type=float, default=0.1, help="inner step size eta, Eq. (4); authors' code: 0.1")
     add("--alpha", type=float, default=1e-3, help="outer step size alpha, Alg. 1 line 16; authors' code: 1e-4")
+    add(
+        "--alpha-step",
+        type=float,
+        default=0.0,
+        help="ours: outer step size for a learned log step size of each parameter, 0: eta for all; paper: 0",
+    )
     add("--meta-epochs", type=int, default=6, help="passes over the training identities; authors' code: 3")
     add("--meta-ids", type=int, default=None, help="N_S in simulated requests where it differs from --ids; paper: Table 7")
     add(
@@ -784,15 +806,9 @@ def parse_args(argv=None):
     if args.support and not args.meta_loss:
         fail("--support needs --meta-loss FILE, the meta-loss to unlearn with")
     # A name for result and meta-loss files that tells ablations apart: what differs from the preset's own values.
-    plain = parse_with_presets_only(parser, args)
-    args.method = f"metaunlearn-{args.preset}" + "".join(
-        f"-{flag.replace('_', '')}={getattr(args, flag)}" for flag in META_FLAGS if getattr(args, flag) != plain[flag]
-    )
+    changed = [flag for flag in META_FLAGS if flag != "preset" and getattr(args, flag) != parser.get_default(flag)]
+    args.method = f"metaunlearn-{args.preset}" + "".join(f"-{flag.replace('_', '')}={getattr(args, flag)}" for flag in changed)
     return args
-
-
-def parse_with_presets_only(parser, args) -> dict:
-    return {flag: parser.get_default(flag) for flag in META_FLAGS}
 
 
 def main(argv=None):
@@ -819,7 +835,7 @@ def main(argv=None):
     if args.meta_loss or path.is_file():
         content = meta_loss_content(data, split, args)
         saved = load_checkpoint(source, "meta-loss", **({"split": split["hash"], "model": args.model} if args.meta_loss else content))
-        for flag in ("inputs", "hidden", "dropout", "eta", "freeze_embeddings"):
+        for flag in ("inputs", "hidden", "dropout", "eta", "alpha_step", "freeze_embeddings"):
             setattr(args, flag, saved[flag])
         h_phi = new_meta_loss(model, data, split, args).to(device)
         h_phi.load_state_dict(saved["phi"])

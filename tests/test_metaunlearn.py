@@ -27,6 +27,7 @@ PRESET_FLAGS = {
     "paper, no accuracy weight": ["--no-accuracy-weight"],
     "code": ["--preset", "code", "--pair-size", "5"],
     "selective": ["--preset", "selective"],
+    "selective, one eta": ["--preset", "selective", "--alpha-step", "0"],
     "scrub": ["--aux-loss", "scrub"],
 }
 
@@ -42,7 +43,9 @@ def problem(small, *extra, dtype=torch.float64, classes=False, model="toy_vit", 
     net = common.build_model(args.model, data["classes"], args.image_size, seed=1).to(dtype).eval()
     h_phi = M.new_meta_loss(net, data, split, args).to(dtype).eval()
     with torch.no_grad():
-        h_phi.mlp[-2].weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+        rng = torch.Generator().manual_seed(0)
+        for p in (h_phi.mlp[-2].weight, *(h_phi.log_step or [])):
+            p.normal_(0, 0.5, generator=rng)
     support, forget = next(D.simulated_requests(data, split, args.ids, 0, 0))
     parts = M.request_parts(data, split, forget, args, np.random.default_rng(0))
     cache = M.cache_original(copy.deepcopy(net).float(), data, split, args)
@@ -138,7 +141,9 @@ def test_every_preset_against_finite_differences(small, extra):
     p = problem(small, *extra)
     _, gradient, frozen = double(p)
     rng = torch.Generator().manual_seed(0)
-    direction = flat(gradient) / flat(gradient).norm() + 0.1 * torch.randn(len(flat(gradient)), generator=rng, dtype=torch.float64)
+    direction = flat(gradient) / flat(gradient).norm() + 0.1 * F.normalize(
+        torch.randn(len(flat(gradient)), generator=rng, dtype=torch.float64), dim=0
+    )
     A = [double(p, h=shifted(p.h, slice(None), sign * 1e-5 * direction), frozen=frozen)[0] for sign in (1, -1)]
     assert (A[0] - A[1]) / 2e-5 == pytest.approx(float(flat(gradient) @ direction), rel=1e-6)
 
@@ -161,10 +166,11 @@ MUTANTS = {
         "g_z = torch.autograd.grad(M, z_leaf, create_graph=True",
         "g_z = torch.autograd.grad(M, z_leaf, retain_graph=True",
     ),
-    "sign of the inner step": ("p - eta * g for", "p + eta * g for"),
+    "sign of the inner step": ("p - e * g for", "p + e * g for"),
     "features forgotten in the forward-mode product": ("zip(g_z, z_dot, strict=True))", "list(zip(g_z, z_dot, strict=True))[1:])"),
-    "eta forgotten": ("-args.eta * along", "-along"),
-    "sign of the meta-gradient": ("-args.eta * along", "args.eta * along"),
+    "eta forgotten": ("k: e.detach() * d for", "k: d for"),
+    "step sizes' own gradient forgotten": ("along = along + sum(", "sum("),
+    "sign of the meta-gradient": ("grad(-along", "grad(along"),
     "v of the last set only": (
         "torch._foreach_add_(v, torch._foreach_mul(gradients[name], w.item()))",
         "v = torch._foreach_mul(gradients[name], w.item())",
@@ -184,7 +190,7 @@ def test_mutants_of_the_meta_gradient_are_caught(small, old, new):
     assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in metaunlearn.py"
     mutant = types.ModuleType("mutant")
     exec(compile(source.replace(old, new), "mutant", "exec"), mutant.__dict__)
-    p = problem(small)
+    p = problem(small, "--alpha-step", "0.1")
     p.args.meta_batch_size = 4  # several parts a set
     A, exact, _ = double(p)
     try:
