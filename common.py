@@ -74,7 +74,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
 def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     """Parse argv with the defaults of its --dataset (and --preset): a flag on the command line wins over the table.
 
-    presets maps a dataset or preset name to {flag: value}. A pre-parser reads only the names, so --help stays complete
+    presets maps a dataset, a preset, or a pair of both to {flag: value}. A pre-parser reads only the names, so --help stays complete
     and shows the values that this dataset would run with.
     """
     names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -43,7 +43,7 @@ from data import crop, describe, identity_split, load, random_crops, raw_batch, 
 # What --dataset brings along; a flag on the command line wins. celeba, celebahq: paper App. A (batch size: authors' code).
 _PAPER = dict(model="vit_base_patch16_224", init="pretrained", image_size=224, epochs=30, optimizer="sgd", lr=1e-3, batch_size=32)
 PRESETS = {
-    "toyfaces": dict(ids=10),
+    "toyfaces": dict(ids=10, epochs=50, crop_scale=0.8),
     "celebahq": dict(_PAPER, ids=20, weight_decay=1e-3, warmup_epochs=2, crop_scale=0.08),
     "celeba": dict(_PAPER, ids=5, weight_decay=1e-4, warmup_epochs=2, crop_scale=0.08),
     "qmnist": dict(ids=20, epochs=10),

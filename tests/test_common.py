@@ -367,7 +367,7 @@ def test_help_shows_the_presets_values(capsys):
     assert stop.value.code == 0 and "paper: 224 (default: 224)" in " ".join(capsys.readouterr().out.split())
 
 
-WRONG = ["--nonsense", "--data x", "--ids many", "--ids 0", "--image-size 4", "--seed -1", "--device", "--dataset"]
+WRONG = ["--nonsense", "--resum", "--ids many", "--ids 0", "--image-size 4", "--seed -1", "--device", "--dataset"]
 
 
 @pytest.mark.parametrize("argv", WRONG)
