@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     presets maps a dataset, a preset, or a pair of both to {flag: value}. A pre-parser reads only the names, so --help stays complete
     and shows the values that this dataset would run with.
     """
-    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = Parser(add_help=False)
     names.add_argument("--dataset", default=parser.get_default("dataset"))
     names.add_argument("--preset", default=parser.get_default("preset"))
     chosen, _ = names.parse_known_args(argv)
@@ -186,6 +187,8 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     """
     import timm  # here, because importing it takes seconds and --help should not
 
+    if "vit" in name and (patch := 8 if name == "toy_vit" else _patch_size(name)) and image_size % patch:
+        fail(f"--image-size {image_size} is no multiple of {patch}, the patch size of {name}")
     torch.manual_seed(seed)
     extra = {}
     if init not in ("none", "pretrained"):
@@ -204,8 +207,19 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     except (AssertionError, OSError) as error:
         hint = "give --init FILE or --init none" if init == "pretrained" else "its patch size must divide --image-size"
         fail(f"--model {name} at {image_size} px cannot be built ({' '.join(str(error).split())[:120]}); {hint}")
+    if extra and name != "toy_vit":  # timm skips what it cannot match: a file of another architecture would load nothing
+        torch.manual_seed(seed)
+        fresh = timm.create_model(name, num_classes=outputs, **size).state_dict()
+        weights = [k for k, t in fresh.items() if t.ndim > 1]  # norms and biases start at 0 or 1 in any model
+        if sum(not torch.equal(net.state_dict()[k], fresh[k]) for k in weights) < len(weights) / 2:
+            fail(f"--init {init} does not hold the weights of {name}")
     cfg = net.pretrained_cfg
     return Net(net, cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
+
+
+def _patch_size(name: str) -> int | None:
+    found = re.search(r"patch(\d+)", name)
+    return int(found[1]) if found else None
 
 
 def _read_weights(path: str) -> dict:
@@ -220,6 +234,8 @@ def _read_weights(path: str) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes the two readers raise
         fail(f"--init {path} is not a readable weight file ({type(error).__name__})")
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        fail(f"--init {path} holds no weights: it must map parameter names to tensors")
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 

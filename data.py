@@ -20,6 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -252,9 +253,9 @@ def prepare(args) -> pathlib.Path:
 
 def _is_prepared(base) -> bool:
     try:
-        with np.load(f"{base}.npz") as table:
+        with open(f"{base}.npz", "rb") as file, np.load(file) as table:
             return int(table["format"]) == FORMAT and pathlib.Path(f"{base}.npy").is_file()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return False
 
 
@@ -323,13 +324,17 @@ def load(args, device=CPU) -> dict:
     base = prepare(args)
     try:
         images = np.load(f"{base}.npy", mmap_mode="c")  # copy-on-write: torch wants a writable array, the file stays as it is
-        with np.load(f"{base}.npz", allow_pickle=False) as table:
+        with open(f"{base}.npz", "rb") as file, np.load(file, allow_pickle=False) as table:
             table = {key: table[key] for key in table.files}
         targets, identities = table["targets"], table["identities"]
         fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
         if not fits or not len(images) == len(targets) == len(identities):
             raise ValueError("images must be uint8 (N, S, S, 3), targets and identities must have N rows")
-    except (ValueError, KeyError, OSError) as error:
+        if not np.issubdtype(identities.dtype, np.integer):
+            raise ValueError("identities must be whole numbers")
+        if targets.min() < 0 or (targets.ndim == 2 and not np.isin(targets, (0, 1)).all()):
+            raise ValueError("targets must be 0 or 1 (N, K), or class numbers from 0 (N,)")
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         fail(f"{base}.npy/.npz cannot be used: {error}")
     args.image_size = images.shape[1]
     targets = torch.from_numpy(targets.astype(np.float32 if targets.ndim == 2 else np.int64))

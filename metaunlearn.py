@@ -35,6 +35,7 @@ import json
 import math
 import pathlib
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ _METHODS = {
 }
 PRESETS = {name: TRAINING_PRESETS.get(name, {}) | _DATASETS.get(name, {}) for name in TRAINING_PRESETS} | _METHODS
 PRESETS[("toyfaces", "selective")] = dict(meta_epochs=12)  # 12 requests an epoch, where CelebA-HQ/20 has 187
+PRESETS[("toyfaces", "code")] = dict(alpha=1e-4)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The meta-loss h_phi (Sec. 4.2, Fig. 3)
@@ -371,7 +373,8 @@ def meta_gradient_forward(model, h_phi, theta, S, parts, data, cache, args):
         A += part["weight"] * A_part
         torch._foreach_add_(v, v_part, alpha=part["weight"])
     tangent = {k: e.detach() * d for k, e, d in zip(theta, eta, v, strict=True)}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # fused attention has no forward mode
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15's forward mode warns of its own torch.jit
         _, z_dot = jvp(lambda t: outputs(model, t, images, args), (theta,), (tangent,))
     along = sum((a * b).sum() for a, b in zip(g_z, z_dot, strict=True))
     if h_phi.log_step is not None:  # theta_u also depends on phi through the step sizes themselves
