@@ -85,10 +85,16 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     for key in (chosen.dataset, chosen.preset, (chosen.dataset, chosen.preset)):
         parser.set_defaults(**presets.get(key, {}))
     args = parser.parse_args(argv)
-    for flag, lowest in (("ids", 1), ("image_size", 8), ("split_seed", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1)):
-        if getattr(args, flag, None) is not None and getattr(args, flag) < lowest:
-            fail(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {lowest}")
+    check_ranges(args, [("ids", 1, 1e9), ("image_size", 8, 4096), ("split_seed", 0, 2**32), ("seed", 0, 2**32)])
     return args
+
+
+def check_ranges(args, ranges: list):
+    """Refuse, in one line, a flag outside its (flag, lowest, highest); NaN is outside, None is a flag not given."""
+    for flag, lowest, highest in ranges:
+        value = getattr(args, flag)
+        if value is not None and not lowest <= value <= highest:
+            fail(f"--{flag.replace('_', '-')} is {value}; it must lie from {lowest:g} to {highest:g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,20 +106,22 @@ def choose_device(args) -> torch.device:
     rank, _ = rank_and_world()
     if args.device == "auto":
         if torch.cuda.is_available():
-            name, why = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", "CUDA is available"
+            name, why = "cuda", "CUDA is available"
         elif torch.backends.mps.is_available():
             name, why = "mps", "no CUDA, but MPS is available"
         else:
             name, why = "cpu", "neither CUDA nor MPS is available"
     else:
         name, why = args.device, "asked for by --device"
+    if name == "cuda":  # each process of torchrun has a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if args.amp is None:
         # A CPU without bf16 units runs bf16 autocast 25 times slower than float32 (measured).
         args.amp, reason = (device.type == "cuda", "the default on CUDA" if device.type == "cuda" else "bf16 is the default on CUDA alone")
@@ -177,7 +185,9 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.net.forward_features((images - self.mean) / self.std)  # (B, T, D), or a map for a convolutional net
         features = self.net.forward_head(tokens, pre_logits=True)  # (B, D)
-        return features, self.net.get_classifier()(features)  # (B, K)
+        head = self.net.get_classifier()
+        with torch.autocast(images.device.type, enabled=False):  # bf16 logits would tie, and mAP counts ties
+            return features, head(features.to(head.weight.dtype))  # (B, K)
 
 
 def build_model(name: str, outputs: int, image_size: int, init: str = "none", seed: int = 0) -> Net:
@@ -204,7 +214,7 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
             net = timm.create_model(name, pretrained=init != "none", num_classes=outputs, **size, **extra)
     except RuntimeError as error:
         fail(f"--model {name} --init {init} at {image_size} px cannot be built: {' '.join(str(error).split())[:200]}")
-    except (AssertionError, OSError) as error:
+    except (AssertionError, OSError, TypeError) as error:
         hint = "give --init FILE or --init none" if init == "pretrained" else "its patch size must divide --image-size"
         fail(f"--model {name} at {image_size} px cannot be built ({' '.join(str(error).split())[:120]}); {hint}")
     if extra and name != "toy_vit":  # timm skips what it cannot match: a file of another architecture would load nothing
@@ -214,7 +224,13 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
         if sum(not torch.equal(net.state_dict()[k], fresh[k]) for k in weights) < len(weights) / 2:
             fail(f"--init {init} does not hold the weights of {name}")
     cfg = net.pretrained_cfg
-    return Net(net, cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
+    model = Net(net, cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
+    try:
+        with torch.no_grad():
+            model.width = model.eval()(torch.zeros(1, 3, image_size, image_size))[0].shape[1]  # D
+    except Exception as error:  # two heads, a fixed input size: whatever timm's model raises on such a call
+        fail(f"--model {name} at {image_size} px does not give features and one classifier ({' '.join(str(error).split())[:120]})")
+    return model.train()
 
 
 def _patch_size(name: str) -> int | None:
@@ -273,10 +289,11 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, targets: Tensor) -> float:
-    """The task's accuracy in [0, 1]: macro mAP over attributes that have a positive, or top-1 accuracy for classes."""
+    """The task's accuracy in [0, 1]: macro mAP over attributes that have a positive (0 if none has), or top-1 accuracy."""
     if targets.ndim == 1:
-        return (logits.argmax(1) == targets).double().mean().item()
-    return average_precision(logits.float().cpu(), targets.cpu()).nanmean().item()  # float64 is missing on MPS
+        return (logits.argmax(1) == targets).sum().item() / len(targets)
+    precision = average_precision(logits.float().cpu(), targets.cpu())  # on the CPU: MPS has no float64
+    return precision.nanmean().item() if precision.isfinite().any() else 0.0
 
 
 def tow(unlearned: dict, retrained: dict) -> float:
@@ -368,13 +385,13 @@ LABELS = {"original": "Trained", "retrained": "Retrained (gold)", "ascent": "1 a
 
 def print_table(rows: dict, table: dict, metric: str, method: str):
     """The paper's row of each model, and what it lost on D_f beside what retained people lost; all times 100."""
-    say(f"\n{'':20s} {metric + ' x 100':^20s}            score lost (x 100) on     control sets")
-    say(f"{'':20s} {'D_r':>6s} {'D_f':>6s} {'D_te':>6s} {'ToW':>7s}    {'D_f':>6s}  {'control':>12s}   below D_f")
+    say(f"\n{'':22s} {metric + ' x 100':^20s}            score lost (x 100) on     control sets")
+    say(f"{'':22s} {'D_r':>6s} {'D_f':>6s} {'D_te':>6s} {'ToW':>7s}    {'D_f':>6s}  {'control':>12s}   below D_f")
     for name, row in rows.items():
         r, f, te = (100 * row[s]["score"] for s in ("retain", "forget", "test"))
         t = {key: 100 * value for key, value in table[name].items()}
         say(
-            f"{LABELS.get(name, method):20s} {r:6.1f} {f:6.1f} {te:6.1f} {t['tow']:7.1f}    {t['forget_lost']:6.1f}  "
+            f"{LABELS.get(name, method):22s} {r:6.1f} {f:6.1f} {te:6.1f} {t['tow']:7.1f}    {t['forget_lost']:6.1f}  "
             f"{t['control_lost_mean']:5.1f} +- {t['control_lost_std']:3.1f}   {t['controls_that_lost_less']:6.0f} %"
         )
     say("control: 20 random sets of as many retained identities. Forgetting these people lowers D_f and not the control.\n")
@@ -488,7 +505,10 @@ def write_json(path, content: dict):
 def provenance(device: torch.device) -> dict:
     """What a reader needs to judge a number: memory, hardware, versions, commit, date."""
     here = pathlib.Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        git = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     # ru_maxrss is in KiB on Linux and in bytes on a Mac
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
@@ -497,7 +517,6 @@ def provenance(device: torch.device) -> dict:
         name = f"{device.type}, {torch.get_num_threads()} threads, {_cpu_name()}"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    commit = git.stdout.strip() if git.returncode == 0 else None
     return {"peak_memory_bytes": peak, "device": name, "versions": versions, "commit": commit, "date": date}
 
 

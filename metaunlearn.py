@@ -17,10 +17,11 @@ Usage:
 Symbols: theta original model, theta_u unlearned model, phi meta-loss, eta inner step, alpha outer step, S Support set,
 D_f / D_r / D_v / D_te forget, retain, validation and test sets, N_S identities in a request.
 
-Where the paper is silent or its authors' code differs, a flag says which way a run goes (--preset sets them together):
+Where the paper is silent or its authors' code differs, this is what we do; --preset sets the flags together:
     1. distance in A: --distance l2 (paper) or smooth_l1 (code)
     2. gradient through L_task(D_v; theta_u): yes (paper writes no stop) or --stop-val-gradient (code)
-    3. A over whole sets (paper) or averaged over --pair-size 64 batches of D_f and D_v (code)
+    3. A over whole sets (paper) or averaged over --pair-size 64 batches of D_f and D_v (code); theta_u sees at most
+       --val-images random images of D_v (0: all, as the paper writes, at the price of a pass over D_v in each step)
     4. all parameters are updated (paper) or all but cls_token and pos_embed: --freeze-embeddings (code, an accident)
     5. alpha's optimiser is AdamW with amsgrad and a cosine (code; the paper's Table 5 is lost to us), in all presets
     6. --zero-init of h_phi's last layer (ours: the first update is exactly 0); the code starts at random
@@ -50,6 +51,7 @@ from common import (
     atomic_write,
     autocast,
     build_model,
+    check_ranges,
     check_writable,
     choose_device,
     compare,
@@ -74,9 +76,9 @@ from common import (
     with_parameters,
     write_json,
 )
-from data import control_sets, describe, identity_split, load, raw_batch, simulated_requests, targets_of
+from data import control_sets, describe, identity_split, load, raw_batch, shortened, simulated_requests, targets_of
 from train import PRESETS as TRAINING_PRESETS
-from train import add_recipe_arguments, checkpoint_folder, train
+from train import RECIPE_RANGES, add_recipe_arguments, checkpoint_folder, train
 
 # What --dataset and --preset bring along; a flag on the command line wins. Values: authors' code (the paper's Table 5).
 _FACES = dict(hidden=512, dropout=0.5, alpha=1e-4, meta_epochs=3)
@@ -222,7 +224,7 @@ def images_at(data: dict, theta: dict, indices) -> Tensor:
     return raw_batch(data, indices).to(next(iter(theta.values())).dtype)
 
 
-def request_parts(data: dict, split: dict, forget, args, rng) -> list[dict]:
+def request_parts(data: dict, split: dict, support, forget, args, rng) -> list[dict]:
     """The sets over which A is computed: one dict of index arrays f, v, r and its weight in the mean.
 
     Whole sets, as the paper writes (of D_v at most --val-images random ones), or with --pair-size n one part for each
@@ -235,7 +237,7 @@ def request_parts(data: dict, split: dict, forget, args, rng) -> list[dict]:
         many = args.pair_size or args.val_images or len(split["val"])
         part = {"f": f, "v": rng.choice(split["val"], min(many, len(split["val"])), replace=False), "weight": len(f) / len(forget)}
         if args.retain_weight or args.aux_loss == "scrub":
-            others = np.setdiff1d(split["retain"] + split["forget"], forget)
+            others = np.setdiff1d(split["retain"] + split["forget"], np.concatenate([support, forget]))
             part["r"] = rng.choice(others, min(args.retain_images, len(others)), replace=False)
         parts.append(part)
     return parts
@@ -259,8 +261,7 @@ def auxiliary(model, theta_u: dict, part: dict, data, cache, args, frozen=None) 
         L[name] = image_losses(name, logits, targets, cache["logits"][part[name]].to(logits), args).mean()
         if name != "r":
             mAP[name] = score(logits.detach(), targets)
-    if "v0" in cache["constant"] or args.pair_size:
-        L["v0"], mAP["v0"] = original_validation(part, data, cache, args)
+    L["v0"], mAP["v0"] = original_validation(part, data, cache, args)
     constants = frozen or {"mAP": mAP, "v": L["v"].detach() if "v" in L else None}
     if frozen and args.stop_val_gradient and "v" in L:
         L["v"] = frozen["v"]
@@ -293,8 +294,7 @@ def auxiliary_gradient(model, theta_u: dict, part: dict, data, cache, args) -> t
             gradients[name] = gradient
         if name != "r":
             mAP[name] = score(torch.cat(collected), targets_of(data, part[name]))
-    if "v0" in cache["constant"] or args.pair_size:
-        L["v0"], mAP["v0"] = original_validation(part, data, cache, args)
+    L["v0"], mAP["v0"] = original_validation(part, data, cache, args)
     A = auxiliary_loss(L, mAP, args)
     weight = torch.autograd.grad(A, [L[name] for name in gradients])
     v = [torch.zeros_like(p) for p in leaf.values()]
@@ -341,7 +341,8 @@ def meta_gradient_double(model, h_phi, theta, S, parts, data, cache, args, froze
     theta = {k: p.detach().requires_grad_() for k, p in theta.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         M = h_phi(*outputs(model, theta, images, args), targets, who)  # Alg. 1, line 11
-        g = torch.autograd.grad(M, list(theta.values()), create_graph=True)  # keeps the graph that leads to phi
+        options = dict(create_graph=True, materialize_grads=True, allow_unused=True)  # the graph leads to phi
+        g = torch.autograd.grad(M, list(theta.values()), **options)
     theta_u = inner_step(theta, g, h_phi.step_sizes(theta, args.eta))
     A, constants = 0.0, []
     for i, part in enumerate(parts):
@@ -387,9 +388,7 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
     """Algorithm 1, lines 8-17, over simulated requests; theta is never changed. Saves phi at path; resumes with --resume."""
     begin, (rank, world) = time.time(), rank_and_world()
     device, theta = data["device"], updatable(model, args.freeze_embeddings)
-    per_step = args.requests_per_step or world
-    if per_step % world:
-        fail(f"--requests-per-step {per_step} must be a multiple of the {world} processes")
+    per_step = args.requests_per_step
     h_phi = new_meta_loss(model, data, split, args).to(device)
     learned = [name.startswith("log_step") for name, _ in h_phi.named_parameters()]
     groups = [
@@ -419,7 +418,7 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
             for r in batch[rank::world]:
                 support, forget = requests[r]
                 torch.manual_seed(generator(args.seed, epoch, r).initial_seed())  # dropout in h_phi
-                parts = request_parts(data, split, forget, args, np.random.default_rng([args.seed, epoch, r, 5]))
+                parts = request_parts(data, split, support, forget, args, np.random.default_rng([args.seed, epoch, r, 5]))
                 S = support_batch(data, split["train_ids"], support, theta)
                 way = {"forward": meta_gradient_forward, "double": meta_gradient_double}[args.hypergradient]
                 A, gradient, _ = way(model, h_phi, theta, S, parts, data, cache, args)
@@ -451,12 +450,9 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
 
 def new_meta_loss(model, data, split, args) -> MetaLoss:
     torch.manual_seed(args.seed)
-    inputs = args.inputs.split(",")
-    if not set(inputs) <= {"logits", "features", "targets", "ids", "losses"} or not set(inputs) & {"logits", "features", "losses"}:
-        fail(f"--inputs {args.inputs}: name some of logits, features, targets, ids, losses, at least one of logits, features, losses")
-    shape = (data["classes"], model.net.num_features, len(split["train_ids"]))
+    shape = (data["classes"], model.width, len(split["train_ids"]))
     return MetaLoss(
-        inputs,
+        args.inputs.split(","),
         *shape,
         args.hidden,
         args.dropout,
@@ -570,13 +566,6 @@ def choose_ascent_step(model, problems, data, args) -> tuple[float, dict]:
 # The rows that METAUNLEARN is compared with
 
 
-def evaluation_sets(data, split, args) -> tuple[dict, list]:
-    """The image sets that measure() takes, and the control sets; a few images of each in a dry run."""
-    if not args.dry_run:
-        return split, control_sets(data, split)
-    return {name: split[name][:64] for name in ("retain", "forget", "val", "test")}, [np.arange(32)] * 20
-
-
 def reference_rows(model, gold, S, problems, data, split, args) -> tuple[dict, dict]:
     """The rows that every meta-loss is compared with (original, retrained, ascent), and the ascent steps tried.
 
@@ -592,10 +581,10 @@ def reference_rows(model, gold, S, problems, data, split, args) -> tuple[dict, d
         saved = {}
     if saved.get("key") != key:
         lr, tried = choose_ascent_step(model, problems, data, args)
-        sets, controls = evaluation_sets(data, split, args)
+        controls = control_sets(data, split)
         models = {"original": model, "retrained": gold, "ascent": with_parameters(model, ascend(model, S, lr, args))}
         rows = {
-            name: measure(m, lambda i: raw_batch(data, i), data["targets"], sets, controls, data["device"], args.amp)
+            name: measure(m, lambda i: raw_batch(data, i), data["targets"], split, controls, data["device"], args.amp)
             for name, m in models.items()
         }
         saved = {"key": key, "rows": rows, "selection": {"ascent_step": lr, "ascent": {str(k): t for k, t in tried.items()}}}
@@ -617,7 +606,7 @@ def check_gradient(model, data, split, args) -> dict:
     """
     support, forget = next(simulated_requests(data, split, 2, args.seed, 0))
     args = argparse.Namespace(**vars(args) | {"val_images": 16, "retain_images": 16, "amp": False, "pair_size": min(args.pair_size, 16)})
-    parts = request_parts(data, split, forget[:16], args, np.random.default_rng(args.seed))
+    parts = request_parts(data, split, support, forget[:16], args, np.random.default_rng(args.seed))
     h_phi = new_meta_loss(model, data, split, args).to(data["device"]).eval()
     with torch.no_grad():
         h_phi.mlp[-2].weight.normal_(0, 0.1)  # away from the zero initialisation, where half of the gradient vanishes
@@ -685,8 +674,11 @@ def read_support(folder, saved: dict, device):
     folder = pathlib.Path(folder)
     if not (folder / "labels.csv").is_file():
         fail(f"--support {folder}: no labels.csv there (columns: file, identity, then {', '.join(saved['target_names'][:3])} ...)")
-    with open(folder / "labels.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(folder / "labels.csv", newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a BOM
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        fail(f"{folder / 'labels.csv'} cannot be read as UTF-8 text with commas ({error})")
     row_of = {identity: i for i, identity in enumerate(saved["train_ids"])}
     images, targets, who, size = [], [], [], saved["image_size"]
     for row in rows:
@@ -694,6 +686,8 @@ def read_support(folder, saved: dict, device):
             picture = Image.open(folder / row["file"]).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
             labels = [int(row[name]) for name in saved["target_names"]] if saved["multilabel"] else int(row["class"])
             identity = int(row["identity"])
+            if not (set(labels) <= {0, 1} if saved["multilabel"] else 0 <= labels < len(saved["target_names"])):
+                raise ValueError("a label must be 0 or 1, a class from 0 to the number of classes less 1")
         except (OSError, KeyError, ValueError, TypeError) as error:
             fail(f"{folder / 'labels.csv'}: the row of {row.get('file')} cannot be used ({type(error).__name__}: {error})")
         if identity not in row_of and "ids" in saved["inputs"]:
@@ -715,7 +709,7 @@ def unlearn_from_files(args, device):
     check_writable(pathlib.Path(args.save).parent if args.save else pathlib.Path(args.meta_loss).parent)
     model = build_model(saved["model"], len(saved["target_names"]), saved["image_size"]).to(device).eval()
     model.load_state_dict(saved["theta"])
-    shape = (len(saved["target_names"]), model.net.num_features, len(saved["train_ids"]))
+    shape = (len(saved["target_names"]), model.width, len(saved["train_ids"]))
     theta = updatable(model, saved["freeze_embeddings"]) if saved["alpha_step"] else None
     h_phi = MetaLoss(saved["inputs"].split(","), *shape, saved["hidden"], saved["dropout"], True, saved["multilabel"], theta).to(device)
     h_phi.load_state_dict(saved["phi"])
@@ -734,6 +728,12 @@ def unlearn_from_files(args, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
+
+
+# What each number may be: (flag, lowest, highest).
+RANGES = [(flag, 1e-12, 1e6) for flag in ("eta", "alpha")] + [(flag, 0, 1e6) for flag in ("alpha_step", "retain_weight")]
+RANGES += [(flag, 1, 1e6) for flag in ("meta_epochs", "meta_ids", "requests_per_step", "hidden", "retain_images", "meta_batch_size")]
+RANGES += [("pair_size", 0, 1e6), ("val_images", 0, 1e9), ("dropout", 0, 0.99), *RECIPE_RANGES]
 
 
 def parse_args(argv=None):
@@ -758,8 +758,12 @@ def parse_args(argv=None):
     )
     add("--meta-epochs", type=int, default=3, help="passes over the training identities; authors' code: 3")
     add("--meta-ids", type=int, default=None, help="N_S in simulated requests where it differs from --ids; paper: Table 7")
+    world = rank_and_world()[1]
     add(
-        "--requests-per-step", type=int, default=None, help="simulated requests averaged in one step; authors' code: 1; None: one a process"
+        "--requests-per-step",
+        type=int,
+        default=world,
+        help="simulated requests averaged in one step, shared by the processes; authors' code: 1",
     )
     add(
         "--inputs", default="logits,features,targets,ids", help="what h_phi sees, of logits, features, targets, ids, losses; paper: Table 4"
@@ -802,11 +806,12 @@ def parse_args(argv=None):
     add("--save", metavar="FILE", help="write the unlearned model there")
     add("--plot", action="store_true", help="write a figure beside the result file")
     args = parse_with_presets(parser, PRESETS, argv)
-    for flag in ("eta", "alpha", "meta_epochs", "hidden", "meta_batch_size", "retain_images"):
-        if getattr(args, flag) <= 0:
-            fail(f"--{flag.replace('_', '-')} must be above 0")
-    if args.meta_ids is not None and args.meta_ids < 1:
-        fail("--meta-ids must be at least 1")
+    check_ranges(args, RANGES)
+    inputs = set(args.inputs.split(","))
+    if not inputs <= {"logits", "features", "targets", "ids", "losses"} or not inputs & {"logits", "features", "losses"}:
+        fail(f"--inputs {args.inputs}: name some of logits, features, targets, ids, losses, at least one of logits, features, losses")
+    if args.requests_per_step % world:
+        fail(f"--requests-per-step {args.requests_per_step} must be a multiple of the {world} processes")
     if args.support and not args.meta_loss:
         fail("--support needs --meta-loss FILE, the meta-loss to unlearn with")
     # A name for result and meta-loss files that tells ablations apart: what differs from the preset's own values.
@@ -818,14 +823,19 @@ def parse_args(argv=None):
 def report(rows, table, selection, seconds, data, split, args, source, device) -> dict:
     """Print the paper's row, write the result file and, with --plot, the figure; returns the result as written."""
     metric, setting = "mAP" if data["targets"].ndim == 2 else "accuracy", f"ids{args.ids}-split{args.split_seed}" + "-dry" * args.dry_run
-    print_table(rows, table, metric, f"METAUNLEARN {args.preset}")
+    print_table(rows, table, metric, f"METAUNLEARN {args.preset}" + " (dry)" * args.dry_run)
     result = {
         "method": args.method,
         "dataset": data["name"],
         "setting": setting,
         "seed": args.seed,
         "split_hash": split["hash"],
-        "access": {"meta-training": ["retain", "forget", "val"], "unlearning": ["support"], "ascent": ["support"]},
+        "access": {
+            "meta-training": ["retain", "forget", "val"],
+            "unlearning": ["support"],
+            "ascent": ["support"],
+            "choosing the ascent step": ["retain", "forget", "val"],
+        },
         "args": vars(args),
         "metric": metric,
         "metrics": rows,
@@ -851,10 +861,12 @@ def main(argv=None):
     start_processes(device)
     if args.support:
         return unlearn_from_files(args, device)
-    check_writable(args.checkpoint_dir, args.out)
+    folders = [args.checkpoint_dir, args.out, args.export_support, args.save and pathlib.Path(args.save).parent]
+    check_writable(*filter(None, folders))
     seconds, clock = {}, time.time()
     data = load(args, device)
     split = identity_split(data, args.ids, args.split_seed)
+    split = shortened(split) if args.dry_run else split
     say(describe(data, split))
     seconds["load"] = time.time() - clock
     model, spent = train("original", data, split, args)
@@ -890,7 +902,7 @@ def main(argv=None):
     selection["unlearned"] = simulated_tow(lambda S: unlearn(model, h_phi, S, args), model, problems, data, args)
     say(f"simulated ToW of METAUNLEARN: {100 * selection['unlearned']:.1f}")
     rows["unlearned"] = measure(
-        unlearned, lambda i: raw_batch(data, i), data["targets"], *evaluation_sets(data, split, args), device, args.amp
+        unlearned, lambda i: raw_batch(data, i), data["targets"], split, control_sets(data, split), device, args.amp
     )
     table = compare(rows)
     seconds["evaluate"] = time.time() - clock
@@ -901,7 +913,7 @@ def main(argv=None):
         export_support(data, split, args.export_support)
     if args.save:
         save_checkpoint(
-            args.save, kind="model", which="unlearned", model=unlearned.state_dict(), split=split["hash"], architecture=args.model
+            args.save, kind="model", which="unlearned", model=unlearned.state_dict(), architecture=args.model, image_size=args.image_size
         )
         say(f"unlearned model: {args.save}")
     stop_processes()

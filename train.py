@@ -22,6 +22,7 @@ from common import (
     add_shared_arguments,
     autocast,
     build_model,
+    check_ranges,
     check_writable,
     choose_device,
     fail,
@@ -38,7 +39,7 @@ from common import (
     task_losses,
     wait_for_all,
 )
-from data import crop, describe, identity_split, load, random_crops, raw_batch, targets_of
+from data import crop, describe, identity_split, load, random_crops, raw_batch, shortened, targets_of
 
 # What --dataset brings along; a flag on the command line wins. celeba, celebahq: paper App. A (batch size: authors' code).
 _PAPER = dict(model="vit_base_patch16_224", init="pretrained", image_size=224, epochs=30, optimizer="sgd", lr=1e-3, batch_size=32)
@@ -49,18 +50,13 @@ PRESETS = {
     "qmnist": dict(ids=20, epochs=10),
 }
 RECIPE = (
-    "model",
-    "init",
-    "image_size",
-    "epochs",
-    "optimizer",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "warmup_epochs",
-    "crop_scale",
-    "batch_size",
+    *("model", "init", "image_size", "epochs", "optimizer", "lr", "momentum", "weight_decay", "warmup_epochs", "crop_scale"),
+    *("batch_size", "amp"),
 )
+
+
+RECIPE_RANGES = [("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("lr", 1e-12, 1e3), ("momentum", 0, 0.9999), ("weight_decay", 0, 1e3)]
+RECIPE_RANGES += [("warmup_epochs", 0, 1e6), ("crop_scale", 0.001, 1)]
 
 
 def add_recipe_arguments(parser):
@@ -93,10 +89,10 @@ def learning_rate(step: int, steps_per_epoch: int, args) -> float:
 
 
 def train(which: str, data: dict, split: dict, args):
-    """Return the model `which`, "original" (trained on D_tr) or "gold" (on D_r): loaded when finished, else trained.
+    """Return (model, seconds of training) of `which`, "original" (on D_tr) or "gold" (on D_r): loaded, else trained.
 
     Resumes from the last finished epoch with --resume. Under torchrun each process takes its share of every batch, and
-    the result is that of one process but for rounding. Raises SystemExit(2) for a checkpoint of another split or
+    the result is that of one process but for rounding and batch-norm statistics. Raises SystemExit(2) for a checkpoint of another split or
     recipe, and when the loss is no longer finite.
     """
     assert which in ("original", "gold"), which
@@ -144,8 +140,9 @@ def train(which: str, data: dict, split: dict, args):
             own = batch[rank::world]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * steps + step, steps, args)
+            cropped = crop(raw_batch(data, own), maps)  # outside autocast, which would round the grid to bf16
             with autocast(device, args.amp):
-                _, logits = wrapped(crop(raw_batch(data, own), maps))
+                _, logits = wrapped(cropped)
             # DistributedDataParallel averages over processes: scale a share's sum so that the result is the batch's mean.
             loss = task_losses(logits.float(), targets_of(data, own)).sum() * world / len(batch)
             optimizer.zero_grad(set_to_none=True)
@@ -170,6 +167,8 @@ def train(which: str, data: dict, split: dict, args):
         save_checkpoint(path, kind="model", model=best_state, best=best, seconds=seconds, indices=split, **identity)
         partial.unlink(missing_ok=True)
     wait_for_all()
+    if world > 1:  # batch-norm statistics are each process's own: all go on with what the first one saved
+        best_state = load_checkpoint(path, "model", **identity)["model"]
     model.load_state_dict(best_state)
     return model.eval(), seconds
 
@@ -179,7 +178,9 @@ def parse_args(argv=None):
     add_shared_arguments(parser)
     add_recipe_arguments(parser)
     parser.add_argument("--which", choices=("original", "gold", "both"), default="both", help="the model to train")
-    return parse_with_presets(parser, PRESETS, argv)
+    args = parse_with_presets(parser, PRESETS, argv)
+    check_ranges(args, RECIPE_RANGES)
+    return args
 
 
 def main(argv=None):
@@ -189,6 +190,7 @@ def main(argv=None):
     check_writable(args.checkpoint_dir)
     data = load(args, device)
     split = identity_split(data, args.ids, args.split_seed)
+    split = shortened(split) if args.dry_run else split
     say(describe(data, split))
     for which in ("original", "gold") if args.which == "both" else (args.which,):
         model, _ = train(which, data, split, args)
