@@ -8,9 +8,7 @@ pass over the same images, which no method can avoid), and the peak memory of ea
 """
 
 import argparse
-import json
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -67,21 +65,28 @@ def peak(args, way: str, forget: int) -> float:
     """Peak memory of a fresh process doing one step, less that of the same process before it, in MiB."""
     flags = ["--way", way, "--forget", str(forget), "--model", args.model, "--image-size", str(args.image_size), "--device", args.device]
     flags += ["--support", str(args.support), "--val", str(args.val)]
-    return float(
-        json.loads(subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    )
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def one_step(args):
-    things, cuda = problem(args), args.device.startswith("cuda")
-    used = (
-        (lambda: torch.cuda.max_memory_allocated() / 2**20)
-        if cuda
-        else (lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-    )
-    before = used()
+    things = problem(args)
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        WAYS[args.way](*things)
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+    before = resident("VmRSS")
     WAYS[args.way](*things)
-    print(json.dumps(used() - before))
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 
 
 def main():
