@@ -306,7 +306,7 @@ def auxiliary_gradient(model, theta_u: dict, part: dict, data, cache, args) -> t
 def original_validation(part, data, cache, args) -> tuple[Tensor, float]:
     """L_task(D_v; theta) and mAP(D_v; theta): of all D_v, computed once; with --pair-size of the pair's own images."""
     if not args.pair_size:
-        return cache["constant"]["v0"]
+        return cache["v0"]
     logits, targets = cache["logits"][part["v"]].to(data["device"]), targets_of(data, part["v"])
     return task_losses(logits, targets).mean(), score(logits, targets)
 
@@ -321,7 +321,7 @@ def cache_original(model, data, split, args) -> dict:
     logits[needed] = predict(model, lambda i: raw_batch(data, i), needed, data["device"], args.amp)
     val, targets = logits[split["val"]], data["targets"][split["val"]]
     v0 = task_losses(val, targets).mean().to(data["device"]), score(val, targets)
-    return {"logits": logits, "constant": {"v0": v0}}
+    return {"logits": logits, "v0": v0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,15 +451,9 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
 def new_meta_loss(model, data, split, args) -> MetaLoss:
     torch.manual_seed(args.seed)
     shape = (data["classes"], model.width, len(split["train_ids"]))
-    return MetaLoss(
-        args.inputs.split(","),
-        *shape,
-        args.hidden,
-        args.dropout,
-        args.zero_init,
-        data["targets"].ndim == 2,
-        updatable(model, args.freeze_embeddings) if args.alpha_step else None,
-    )
+    theta = updatable(model, args.freeze_embeddings) if args.alpha_step else None
+    layers = dict(hidden=args.hidden, dropout=args.dropout, zero_init=args.zero_init)
+    return MetaLoss(args.inputs.split(","), *shape, **layers, multilabel=data["targets"].ndim == 2, theta=theta)
 
 
 # The flags that make one meta-loss another; saved with it, and part of its file name where they differ from the preset's.
@@ -616,13 +610,13 @@ def check_gradient(model, data, split, args) -> dict:
         m, h = copy.deepcopy(model).to(dtype), copy.deepcopy(h_phi).to(dtype)
         theta = updatable(m, args.freeze_embeddings)
         S = support_batch(data, split["train_ids"], support, theta)
-        constants = {"v0": (cache["constant"]["v0"][0].to(dtype), cache["constant"]["v0"][1])}
+        known = cache | {"v0": (cache["v0"][0].to(dtype), cache["v0"][1])}
         run = argparse.Namespace(**vars(args) | {"amp": amp})
-        out = way(m, h, theta, S, parts, data, {"logits": cache["logits"], "constant": constants}, run)
-        return torch.cat([g.flatten() for g in out[1]]).double(), (m, h, theta, S, constants, run, out[2])
+        out = way(m, h, theta, S, parts, data, known, run)
+        return torch.cat([g.flatten() for g in out[1]]).double(), (m, h, theta, S, known, run, out[2])
 
     exact, _ = gradient(meta_gradient_forward, torch.float64)
-    double, (m, h, theta, S, constants, run, frozen) = gradient(meta_gradient_double, torch.float64)
+    double, (m, h, theta, S, known, run, frozen) = gradient(meta_gradient_double, torch.float64)
     relative = lambda a, b: ((a - b).norm() / b.norm()).item()
     errors = {"forward against double backward, float64": relative(exact, double)}
     direction = exact / exact.norm()  # the direction in which A changes most, so that rounding matters least
@@ -633,7 +627,7 @@ def check_gradient(model, data, split, args) -> dict:
             for p in moved.parameters():
                 p += shift * direction[start : start + p.numel()].view_as(p)
                 start += p.numel()
-        return meta_gradient_double(m, moved, theta, S, parts, data, {"logits": cache["logits"], "constant": constants}, run, frozen)[0]
+        return meta_gradient_double(m, moved, theta, S, parts, data, known, run, frozen)[0]
 
     slope = (A_at(1e-5) - A_at(-1e-5)) / 2e-5
     errors["forward against central differences, float64"] = abs(slope - exact.norm().item()) / abs(slope)
@@ -711,7 +705,7 @@ def unlearn_from_files(args, device):
     model.load_state_dict(saved["theta"])
     shape = (len(saved["target_names"]), model.width, len(saved["train_ids"]))
     theta = updatable(model, saved["freeze_embeddings"]) if saved["alpha_step"] else None
-    h_phi = MetaLoss(saved["inputs"].split(","), *shape, saved["hidden"], saved["dropout"], True, saved["multilabel"], theta).to(device)
+    h_phi = MetaLoss(saved["inputs"].split(","), *shape, hidden=saved["hidden"], multilabel=saved["multilabel"], theta=theta).to(device)
     h_phi.load_state_dict(saved["phi"])
     S = read_support(args.support, saved, device)
     run = argparse.Namespace(**vars(args) | {"eta": saved["eta"], "freeze_embeddings": saved["freeze_embeddings"]})
@@ -858,6 +852,8 @@ def report(rows, table, selection, seconds, data, split, args, source, device) -
 def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args)
+    if args.check_gradient and device.type == "mps":  # which has no float64
+        device = torch.device("cpu")
     start_processes(device)
     if args.support:
         return unlearn_from_files(args, device)
