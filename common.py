@@ -117,6 +117,8 @@ def choose_device(args) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("neither cpu, cuda nor mps")
         torch.zeros(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -199,6 +201,8 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
 
     if "vit" in name and (patch := 8 if name == "toy_vit" else _patch_size(name)) and image_size % patch:
         fail(f"--image-size {image_size} is no multiple of {patch}, the patch size of {name}")
+    if name == "toy_vit" and init == "pretrained":
+        fail("--model toy_vit has no pretrained weights; give --init none")
     torch.manual_seed(seed)
     extra = {}
     if init not in ("none", "pretrained"):

@@ -292,7 +292,7 @@ def _decode_all(sources, path, size):
     from tqdm import tqdm
 
     jobs = [(path, size, start, sources[start : start + 256]) for start in range(0, len(sources), 256)]
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
         done = tqdm(pool.map(_decode, jobs), total=len(jobs), desc="decoding (256 images each)", disable=not sys.stderr.isatty())
         for broken in done:
             if broken:
@@ -308,10 +308,10 @@ def _decode(job) -> str | None:
     block = np.empty((len(sources), size, size, 3), np.uint8)
     for i, source in enumerate(sources):
         try:
-            image = Image.open(source) if isinstance(source, str) else Image.fromarray(source)
-            image.draft("RGB", (2 * size, 2 * size))  # a JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target
-            block[i] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))  # antialiased
-        except (OSError, SyntaxError) as error:
+            with Image.open(source) if isinstance(source, str) else Image.fromarray(source) as image:
+                image.draft("RGB", (2 * size, 2 * size))  # a JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target
+                block[i] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))  # antialiased
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             return f"{source} ({error})"
     np.lib.format.open_memmap(path, "r+")[start : start + len(sources)] = block
     return None
