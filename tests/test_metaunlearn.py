@@ -424,6 +424,8 @@ def test_gold_never_sees_the_forget_set_and_shares_nothing(flags, monkeypatch):
     args.amp = False
     data = D.load(args)
     split = D.identity_split(data, args.ids, 0)
+    started, build = [], T.build_model  # the initial weights that train() really gives each model
+    monkeypatch.setattr(T, "build_model", lambda *a: (started.append(copy.deepcopy(model := build(*a))), model)[1])
     read, real = set(), T.raw_batch
     monkeypatch.setattr(T, "raw_batch", lambda data, i: (read.update(np.asarray(i).tolist()), real(data, i))[1])
     gold, _ = T.train("gold", data, split, args)
@@ -433,8 +435,7 @@ def test_gold_never_sees_the_forget_set_and_shares_nothing(flags, monkeypatch):
     assert read == set(split["retain"]) | set(split["forget"]) | set(split["val"])
     for (k, a), b in zip(gold.named_parameters(), original.parameters(), strict=True):
         assert a.data_ptr() != b.data_ptr() and not torch.equal(a, b), k
-    first = [common.build_model("toy_vit", 13, 16, seed=s) for s in (0, 1)]  # the seeds that train() gives them
-    assert not torch.equal(first[0].net.head.weight, first[1].net.head.weight)
+    assert len(started) == 2 and not torch.equal(started[0].net.head.weight, started[1].net.head.weight)
 
 
 def test_unlearning_later_needs_pictures_labels_and_the_meta_loss_only(flags, tmp_path, monkeypatch):
