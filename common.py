@@ -56,11 +56,26 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def add_shared_arguments(parser: argparse.ArgumentParser):
     """The flags that mean the same in every script (design: one word, one meaning)."""
     add = parser.add_argument
-    add("--dataset", default="toyfaces", help="toyfaces, celeba, celebahq, qmnist, or the path of a prepared pair PATH.npy + PATH.npz")
+    add(
+        "--dataset",
+        default="toyfaces",
+        help="toyfaces, celeba, celebahq, qmnist, digits, cifar10, cifar100, tinyimagenet, or the path of a prepared pair PATH.npy + PATH.npz",
+    )
     add("--data-dir", default="data", help="folder with the publishers' files; prepared arrays go into its folder prepared/")
     add("--image-size", type=int, default=32, help="pixels per side at which images are stored and seen; paper: 224")
     add("--ids", type=int, default=10, help="N_S, identities to forget; paper: 20, 50 (CelebA-HQ), 5, 10 (CelebA)")
-    add("--model", default="toy_vit", help="toy_vit or a timm model; paper: vit_base_patch16_224")
+    add("--forget", choices=("identities", "random", "class", "subclass"), default="identities", help="what is forgotten; LTU: random")
+    add("--forget-ratio", type=float, default=0.1, help="share of the training images that --forget random forgets; LTU: 0.1, 0.5")
+    add(
+        "--forget-classes",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="class numbers for --forget class; for subclass those within the super-classes",
+    )
+    add("--label-noise", type=float, default=0.0, help="share of all labels to flip, so that memorising shows; digits: 0.1, papers: 0")
+    add("--train-images", type=int, default=0, help="keep only so many images of training and validation together, 0: all")
+    add("--model", default="toy_vit", help="toy_vit, toy_resnet, resnet18 (with a CIFAR stem up to 64 px) or any timm model")
     add("--init", default="none", help="initial weights: none, pretrained (timm's hub), or a .safetensors/.pt file; paper: pretrained")
     add("--seed", type=int, default=0, help="training and noise")
     add("--split-seed", type=int, default=0, help="who is in train, validation and test, and who is forgotten")
@@ -86,6 +101,9 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
         parser.set_defaults(**presets.get(key, {}))
     args = parser.parse_args(argv)
     check_ranges(args, [("ids", 1, 1e9), ("image_size", 8, 4096), ("split_seed", 0, 2**32), ("seed", 0, 2**32)])
+    check_ranges(args, [("label_noise", 0, 0.9), ("train_images", 0, 1e9)])
+    if not 0 < args.forget_ratio < 1:
+        fail(f"--forget-ratio is {args.forget_ratio}; it must lie between 0 and 1, without either")
     return args
 
 
@@ -201,8 +219,8 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
 
     if "vit" in name and (patch := 8 if name == "toy_vit" else _patch_size(name)) and image_size % patch:
         fail(f"--image-size {image_size} is no multiple of {patch}, the patch size of {name}")
-    if name == "toy_vit" and init == "pretrained":
-        fail("--model toy_vit has no pretrained weights; give --init none")
+    if name in ("toy_vit", "toy_resnet") and init == "pretrained":
+        fail(f"--model {name} has no pretrained weights; give --init none")
     torch.manual_seed(seed)
     extra = {}
     if init not in ("none", "pretrained"):
@@ -213,6 +231,17 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
             net.pretrained_cfg = {}
             if extra:
                 net.load_state_dict(extra["pretrained_cfg_overlay"]["state_dict"])
+        elif name == "toy_resnet":  # 0.09 M parameters, three stages: for digits and small pieces of CIFAR-10 on a CPU
+            stages = dict(layers=(1, 1, 1), channels=(16, 32, 64), zero_init_last=False)
+            net = timm.models.ResNet(timm.models.resnet.BasicBlock, num_classes=outputs, **stages)
+            net.layer4, net.pretrained_cfg = nn.Identity(), {}
+            _cifar_stem(net)
+            if extra:
+                net.load_state_dict(extra["pretrained_cfg_overlay"]["state_dict"])
+        elif name == "resnet18" and image_size <= 64 and init == "none":
+            net = timm.create_model(name, num_classes=outputs)
+            net.pretrained_cfg = {}
+            _cifar_stem(net)
         else:
             size = {"img_size": image_size} if "vit" in name or "deit" in name else {}
             net = timm.create_model(name, pretrained=init != "none", num_classes=outputs, **size, **extra)
@@ -221,7 +250,10 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     except (AssertionError, OSError, TypeError) as error:
         hint = "give --init FILE or --init none" if init == "pretrained" else "its patch size must divide --image-size"
         fail(f"--model {name} at {image_size} px cannot be built ({' '.join(str(error).split())[:120]}); {hint}")
-    if extra and name != "toy_vit":  # timm skips what it cannot match: a file of another architecture would load nothing
+    if extra and name not in (
+        "toy_vit",
+        "toy_resnet",
+    ):  # timm skips what it cannot match: a file of another architecture would load nothing
         torch.manual_seed(seed)
         fresh = timm.create_model(name, num_classes=outputs, **size).state_dict()
         weights = [k for k, t in fresh.items() if t.ndim > 1]  # norms and biases start at 0 or 1 in any model
@@ -235,6 +267,13 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     except Exception as error:  # two heads, a fixed input size: whatever timm's model raises on such a call
         fail(f"--model {name} at {image_size} px does not give features and one classifier ({' '.join(str(error).split())[:120]})")
     return model.train()
+
+
+def _cifar_stem(net):
+    """A 3 x 3 first convolution of stride 1 and no pooling: small images keep their pixels (He et al. 2016, SalUn's ResNet-18)."""
+    net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _patch_size(name: str) -> int | None:
@@ -300,6 +339,34 @@ def score(logits: Tensor, targets: Tensor) -> float:
     return precision.nanmean().item() if precision.isfinite().any() else 0.0
 
 
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """Share of right answers in [0, 1]: top-1, or over all attributes at threshold 0.5. 1 - UA, RA and TA (LTU Sec. 4.1)."""
+    return ((logits > 0) == (targets > 0.5)).float().mean().item() if targets.ndim == 2 else score(logits, targets)
+
+
+def confidence(logits: Tensor, targets: Tensor) -> Tensor:
+    """Probability of the true label, (B,); over attributes its geometric mean: exp(-L_task) is both."""
+    return (-task_losses(logits.double(), targets)).exp()
+
+
+def membership_inference(retain: Tensor, test: Tensor, forget: Tensor) -> float:
+    """MI: the share of D_f that SalUn's confidence attack takes for non-members, in [0, 1] (LTU Sec. 4.1, SalUn's SVC_MIA).
+
+    Arguments: confidences (n,) of as many images of D_r (the first in dataset order) as of the test set; of the test set;
+    of D_f. An RBF SVC learns to tell the first two apart. Equality with the gold model is the goal, not 1.
+    Equal confidences are one point with their number as weight: the same problem for the SVC, and a smaller one.
+    """
+    from sklearn.svm import SVC
+
+    retain, test, forget = (t.float().double().numpy() for t in (retain, test, forget))  # SalUn's confidences are float32
+    points = [np.unique(part, return_counts=True) for part in (retain[: len(test)], test)]
+    x = np.concatenate([values for values, _ in points])[:, None]
+    member = np.repeat([1, 0], [len(values) for values, _ in points])
+    weight = np.concatenate([count for _, count in points]).astype(float)
+    attack = SVC(C=3, gamma="auto", kernel="rbf", cache_size=1000).fit(x, member, sample_weight=weight)
+    return float(1 - attack.predict(forget[:, None]).mean())
+
+
 def tow(unlearned: dict, retrained: dict) -> float:
     """Tug-of-war: product over retain, forget and test of 1 - |score_u - score_r|. Source: METAUNLEARN Eq. (7).
 
@@ -353,18 +420,33 @@ def with_parameters(model, theta_u: dict):
 # The row that every method prints, and the control
 
 
-def measure(model: Net, load_images, targets: Tensor, sets: dict, controls: list, device, amp=False) -> dict:
+def measure(model: Net, load_images, targets: Tensor, sets: dict, controls: list, device, amp=False, true_targets=None) -> dict:
     """Score and loss on D_r, D_f, D_v, D_te, and the score of each control set; all in [0, 1], losses in nats.
 
     sets maps retain, forget, val, test to image indices; controls are positions within retain (data.control_sets).
+    With true_targets (targets, but for labels flipped by --label-noise) the test score is against these, and accuracies
+    and `mi`, the membership metric, are added (LTU Sec. 4.1).
     """
-    row = {}
+    row, sure = {}, {}
     for name in ("retain", "forget", "val", "test"):
         logits, own = predict(model, load_images, sets[name], device, amp), targets[sets[name]]
         row[name] = {"score": score(logits, own), "loss": task_losses(logits, own).mean().item()}
         if name == "retain":
             row["control"] = {"score": [score(logits[c], own[c]) for c in controls]}
+        if true_targets is not None:
+            sure[name] = confidence(logits, own)
+            right = true_targets[sets[name]] if name == "test" else own
+            row[name] |= {"score": score(logits, right), "accuracy": accuracy(logits, right)}
+            if name in ("retain", "forget") and (own != true_targets[sets[name]]).any():
+                row[name]["wrong"] = (logits.argmax(1) != own).tolist()
+    if true_targets is not None:
+        row["mi"] = membership_inference(sure["retain"], sure["test"], sure["forget"])
     return row
+
+
+def paper_figures(row: dict) -> dict:
+    """UA, RA, TA and MI of a row of measure, in [0, 1] (LTU Sec. 4.1)."""
+    return {"ua": 1 - row["forget"]["accuracy"], "ra": row["retain"]["accuracy"], "ta": row["test"]["accuracy"], "mi": row["mi"]}
 
 
 def compare(rows: dict) -> dict:
@@ -384,7 +466,7 @@ def compare(rows: dict) -> dict:
     return table
 
 
-LABELS = {"original": "Trained", "retrained": "Retrained (gold)", "ascent": "1 ascent step on S"}
+LABELS = {"original": "Trained", "retrained": "Retrained (gold)", "ascent": "1 ascent step on S", "ft": "FT, same batches"}
 
 
 def print_table(rows: dict, table: dict, metric: str, method: str):
@@ -399,6 +481,19 @@ def print_table(rows: dict, table: dict, metric: str, method: str):
             f"{t['control_lost_mean']:5.1f} +- {t['control_lost_std']:3.1f}   {t['controls_that_lost_less']:6.0f} %"
         )
     say("control: 20 random sets of as many retained identities. Forgetting these people lowers D_f and not the control.\n")
+
+
+def print_gaps(figures: dict, table: dict, seconds: dict, names: dict):
+    """LTU's row of each model: UA, RA, TA and MI in percent with the gap to the gold model, their mean, UT and ToW."""
+    say(f"\n{'':18s}" + "".join(f"{key:^16s}" for key in ("UA (gap)", "RA (gap)", "TA (gap)", "MI (gap)")) + " avg gap  UT / min     ToW")
+    for name, row in figures.items():
+        gaps = {key: abs(row[key] - figures["retrained"][key]) for key in row}
+        cells = "".join(f"{100 * row[key]:7.2f} ({100 * gaps[key]:5.2f}) " for key in row)
+        time = f"{seconds[name] / 60:9.3f}" if name in seconds else f"{'':9s}"
+        say(f"{names[name]:18s}{cells} {100 * np.mean(list(gaps.values())):7.2f} {time} {100 * table[name]['tow']:7.1f}")
+    lost = {name: (100 * t["forget_lost"], 100 * t["control_lost_mean"], 100 * t["control_lost_std"]) for name, t in table.items()}
+    shown = ", ".join(f"{names[name]} {f:.1f} ({c:.1f} +- {s:.1f})" for name, (f, c, s) in lost.items() if name != "original")
+    say(f"score lost on D_f (on 20 control sets of as many images or identities of D_r): {shown}")
 
 
 def plot(rows: dict, table: dict, path: pathlib.Path, metric: str, method: str, title: str):
@@ -423,16 +518,14 @@ def plot(rows: dict, table: dict, path: pathlib.Path, metric: str, method: str, 
     shown = [name for name in rows if name != "original"]
     for i, name in enumerate(shown):
         lost = 100 * (np.array(rows["original"]["control"]["score"]) - np.array(rows[name]["control"]["score"]))
-        right.scatter(
-            lost, np.full(len(lost), i), marker="|", s=120, color="0.5", label="20 control sets of retained people" if i == 0 else None
-        )
+        right.scatter(lost, np.full(len(lost), i), marker="|", s=120, color="0.5", label="20 control sets out of $D_r$" if i == 0 else None)
         right.scatter(
             [100 * table[name]["forget_lost"]],
             [i],
             marker="D",
             s=50,
             color="black",
-            label="$D_f$, the people to forget" if i == 0 else None,
+            label="$D_f$, what is to be forgotten" if i == 0 else None,
         )
     right.axvline(0, color="0.8", linewidth=1, zorder=0)
     right.set_yticks(range(len(shown)), [LABELS.get(name, method) for name in shown])

@@ -1,13 +1,15 @@
-"""Datasets as arrays, the identity protocol's splits (METAUNLEARN Sec. 3.3 and 4.1), and augmentation on the device.
+"""Datasets as arrays, splits by identity (METAUNLEARN Sec. 3.3) and at random (LTU Sec. 4.1), augmentation on the device.
 
 Usage:
     python data.py                                          # draw the toy faces, print the split
     python data.py --dataset celebahq --ids 20 --image-size 224
     python data.py --dataset celebahq --annotations-only    # the split's numbers from the annotation files alone
+    python data.py --dataset digits                         # random-sample unlearning
 
 Every dataset becomes a pair once: <data-dir>/prepared/<name>-<size>.npy, uint8 (N, H, W, 3), memory-mapped from then on,
-and .npz beside it with `targets` (N, K) in {0, 1} or (N,) classes, `identities` (N,), `names` (N,), `target_names` (K,).
-Bring your own data by giving such a pair: --dataset path/to/name.
+and .npz beside it with `targets` (N, K) in {0, 1} or (N,) classes, `names` (N,), `target_names` (K,), and where they exist
+`identities` (N,), `is_test` (N,) (the publisher's test set) and `coarse` (N,) (super-classes). Bring your own data by giving
+such a pair: --dataset path/to/name.
 
 Departures from the authors' code (the paper is silent): images are squashed to a square once, antialiased, and training
 crops are cut from that array instead of from the full-size file; the test image is that array itself.
@@ -210,6 +212,123 @@ def _with_identities(names, target_names, targets, identity_of, keys, source, pi
     }
 
 
+CLASSES_HELP = """{name} is not complete in {root}{why}. Expected:
+{tree}
+No download needed: python ltu.py --dataset digits"""
+
+CIFAR10_TREE = """  {root}/cifar-10-batches-py/data_batch_1 ... test_batch, batches.meta (cifar-10-python.tar.gz, from the CIFAR page, unpacked)
+  (or {root}/cifar10.npz with images (60000, 32, 32, 3) uint8, label, is_test)"""
+CIFAR100_TREE = "  {root}/cifar-100-python/train, test, meta (cifar-100-python.tar.gz, from the CIFAR page, unpacked)"
+TINY_TREE = """  {root}/tiny-imagenet-200/wnids.txt
+  {root}/tiny-imagenet-200/train/<class>/images/*.JPEG
+  {root}/tiny-imagenet-200/val/val_annotations.txt, val/images/*.JPEG (tiny-imagenet-200.zip, from the CS231n page)"""
+
+
+def read_digits(root: pathlib.Path) -> dict:
+    """scikit-learn's 1,797 real 8 x 8 scans of digits, shipped with the package; it names no test set."""
+    from sklearn.datasets import load_digits
+
+    table = load_digits()
+    raw = np.round(table.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+    return _with_classes(raw, table.target, [str(c) for c in range(10)])
+
+
+def read_cifar10(root: pathlib.Path) -> dict:
+    """CIFAR-10: torchvision reads the publisher's files and checks their md5; or one array file, for re-encoded copies."""
+    if (root / "cifar10.npz").is_file() and not (root / "cifar-10-batches-py").is_dir():
+        try:
+            with np.load(root / "cifar10.npz") as table:
+                images, label, is_test = table["images"], table["label"], table["is_test"]
+            if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images) == len(label) == len(is_test):
+                raise ValueError("images must be uint8 (N, 32, 32, 3), with one label and is_test for each")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            fail(f"{root / 'cifar10.npz'} cannot be used: {error}")
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        return _with_classes(images, label, names, is_test)
+    return _with_classes(*_from_torchvision("CIFAR10", root, CIFAR10_TREE))
+
+
+def read_cifar100(root: pathlib.Path) -> dict:
+    """CIFAR-100 with both label sets; the super-classes are the publisher's table (Krizhevsky 2009), torchvision has none."""
+    images, label, names, is_test = _from_torchvision("CIFAR100", root, CIFAR100_TREE)
+    coarse_names = list(CIFAR100_COARSE)
+    coarse_of = np.array([next(i for i, group in enumerate(CIFAR100_COARSE.values()) if name in group.split()) for name in names])
+    return _with_classes(images, label, names, is_test) | {"coarse": coarse_of[label], "coarse_names": np.array(coarse_names)}
+
+
+CIFAR100_COARSE = {
+    "aquatic_mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food_containers": "bottle bowl can cup plate",
+    "fruit_and_vegetables": "apple mushroom orange pear sweet_pepper",
+    "household_electrical_devices": "clock keyboard lamp telephone television",
+    "household_furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large_carnivores": "bear leopard lion tiger wolf",
+    "large_man-made_outdoor_things": "bridge castle house road skyscraper",
+    "large_natural_outdoor_scenes": "cloud forest mountain plain sea",
+    "large_omnivores_and_herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium_mammals": "fox porcupine possum raccoon skunk",
+    "non-insect_invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small_mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles_1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles_2": "lawn_mower rocket streetcar tank tractor",
+}
+
+
+def read_tinyimagenet(root: pathlib.Path) -> dict:
+    """Tiny-ImageNet; its val/ is the test set (LTU Sec. 4.1). Any number of classes: those that wnids.txt names."""
+    folder = root / "tiny-imagenet-200"
+    listing, annotations = folder / "wnids.txt", folder / "val" / "val_annotations.txt"
+    help = lambda why: CLASSES_HELP.format(name="Tiny-ImageNet", root=root, why=why, tree=TINY_TREE.format(root=root))
+    if not listing.is_file() or not annotations.is_file():
+        fail(help(""))
+    classes = listing.read_text().split()
+    row_of = {name: i for i, name in enumerate(classes)}
+    files, label, is_test = [], [], []
+    for name in classes:
+        pictures = sorted(p.name for p in (folder / "train" / name / "images").glob("*.JPEG"))
+        if not pictures:
+            fail(help(f": train/{name}/images has no picture"))
+        files += [f"train/{name}/images/{p}" for p in pictures]
+        label += [row_of[name]] * len(pictures)
+        is_test += [False] * len(pictures)
+    for line in annotations.read_text().splitlines():
+        words = line.split("\t")
+        if len(words) < 2 or words[1] not in row_of:
+            fail(f"{annotations} is damaged: every line must be a file name, a tab and a class of wnids.txt; found {line[:60]!r}")
+        files, label, is_test = [*files, f"val/images/{words[0]}"], [*label, row_of[words[1]]], [*is_test, True]
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        fail(f"{len(absent):,} of {len(files):,} annotated images are not in {folder}, first {absent[0]}")
+    table = _with_classes(None, np.array(label), classes, np.array(is_test))
+    table.pop("raw")
+    return table | {"names": np.array(files), "pictures": folder}
+
+
+def _from_torchvision(kind, root, tree) -> tuple:
+    import torchvision
+
+    try:
+        parts = [getattr(torchvision.datasets, kind)(root, train=train) for train in (True, False)]
+    except Exception as error:  # missing files, or files whose md5 is not the publisher's
+        why = " ".join(str(error).split())[:80]
+        fail(CLASSES_HELP.format(name=kind, root=root, why=f" ({why})", tree=tree.format(root=root)))
+    is_test = np.repeat([False, True], [len(part.data) for part in parts])
+    label = np.concatenate([part.targets for part in parts])
+    return np.concatenate([part.data for part in parts]), label, parts[0].classes, is_test
+
+
+def _with_classes(raw, label, target_names, is_test=None) -> dict:
+    table = {"raw": raw, "targets": np.asarray(label, dtype=np.int64), "names": np.arange(len(label)).astype(str)}
+    table["target_names"] = np.array(target_names)
+    return table if is_test is None else table | {"is_test": np.asarray(is_test, dtype=bool)}
+
+
 def read_qmnist(root: pathlib.Path) -> dict:
     """QMNIST: 10 digit classes, 120,000 scans, the writer as identity; torchvision reads (and fetches) the files."""
     from torchvision.datasets import QMNIST
@@ -228,6 +347,9 @@ def read_qmnist(root: pathlib.Path) -> dict:
     }
 
 
+READERS = {"celeba": read_celeba, "celebahq": read_celebahq, "qmnist": read_qmnist}
+READERS |= {"digits": read_digits, "cifar10": read_cifar10, "cifar100": read_cifar100, "tinyimagenet": read_tinyimagenet}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Preparing arrays
 
@@ -238,10 +360,10 @@ def prepare(args) -> pathlib.Path:
     Decoding is parallel and goes into a memory-mapped file, so memory stays flat at CelebA's 202,599 images; the disk
     it takes is said, and checked, beforehand. Raises SystemExit(2) for missing, damaged or mismatching files.
     """
-    if args.dataset not in ("toyfaces", "celeba", "celebahq", "qmnist"):
+    if args.dataset != "toyfaces" and args.dataset not in READERS:
         base = pathlib.Path(args.dataset)
         if not base.name or not (base.with_name(base.name + ".npy").is_file() and base.with_name(base.name + ".npz").is_file()):
-            fail(f"--dataset {args.dataset} is neither toyfaces, celeba, celebahq, qmnist nor a prepared pair {base}.npy + {base}.npz")
+            fail(f"--dataset {args.dataset} is neither toyfaces, {', '.join(READERS)} nor a prepared pair {base}.npy + {base}.npz")
         return base
     base = pathlib.Path(args.data_dir) / "prepared" / f"{args.dataset}-{args.image_size}"
     if rank_and_world()[0] == 0 and not _is_prepared(base):
@@ -266,7 +388,7 @@ def _prepare(args, base):
         with atomic_write(f"{base}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, table["images"])
     else:
-        table = {"celeba": read_celeba, "celebahq": read_celebahq, "qmnist": read_qmnist}[args.dataset](root)
+        table = READERS[args.dataset](root)
         count = len(table["names"])
         disk = count * size * size * 3
         say(f"{args.dataset}: {count:,} images at {size} px will take {disk / 2**30:.2f} GiB of disk in {base.parent}")
@@ -274,7 +396,7 @@ def _prepare(args, base):
             fail(f"{base.parent} has no room for {disk / 2**30:.2f} GiB; give another --data-dir or a smaller --image-size")
         if "pictures" in table:
             there = {entry.name for entry in os.scandir(table["pictures"])} if table["pictures"].is_dir() else set()
-            absent = [name for name in table["names"] if name not in there]
+            absent = [name for name in table["names"] if name not in there and "/" not in name]  # read_tinyimagenet looked itself
             if absent:
                 fail(f"{len(absent):,} of {count:,} annotated images are not in {table['pictures']}, first {absent[0]}")
             sources = [str(table["pictures"] / name) for name in table["names"]]
@@ -283,7 +405,7 @@ def _prepare(args, base):
         with atomic_write(f"{base}.npy") as temporary:
             np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, size, size, 3)).flush()
             _decode_all(sources, temporary, size)
-    kept = {key: table[key] for key in ("targets", "identities", "names", "target_names")}
+    kept = {key: value for key, value in table.items() if key not in ("images", "raw", "pictures")}
     with atomic_write(f"{base}.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, format=FORMAT, **kept)
 
@@ -318,20 +440,24 @@ def _decode(job) -> str | None:
 
 
 def load(args, device=CPU) -> dict:
-    """Load the prepared pair: a dict with images (uint8, memory-mapped, or on the GPU when they fit), targets,
-    identities, names, target_names, classes (outputs K), digest (of the annotations) and name.
+    """Load the prepared pair: a dict with images (uint8, memory-mapped, or on the GPU when they fit), targets (with
+    --label-noise some of them flipped), true_targets, names, target_names, classes (outputs K), digest (of the annotations)
+    and name; identities, is_test and groups (what --forget-classes numbers) are None where the data has none.
     """
     base = prepare(args)
     try:
         images = np.load(f"{base}.npy", mmap_mode="c")  # copy-on-write: torch wants a writable array, the file stays as it is
         with open(f"{base}.npz", "rb") as file, np.load(file, allow_pickle=False) as table:
             table = {key: table[key] for key in table.files}
-        targets, identities = table["targets"], table["identities"]
+        targets, identities, is_test = table["targets"], table.get("identities"), table.get("is_test")
         fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
-        if not fits or not len(images) == len(targets) == len(identities):
-            raise ValueError("images must be uint8 (N, S, S, 3), targets and identities must have N rows")
-        if not np.issubdtype(identities.dtype, np.integer) or identities.min() < 0:
+        optional = [column for column in (identities, is_test, table.get("coarse")) if column is not None]
+        if not fits or any(len(column) != len(images) for column in (targets, *optional)):
+            raise ValueError("images must be uint8 (N, S, S, 3); targets, and identities, is_test and coarse where given, must have N rows")
+        if identities is not None and (not np.issubdtype(identities.dtype, np.integer) or identities.min() < 0):
             raise ValueError("identities must be whole numbers from 0")
+        if is_test is not None and is_test.dtype != bool:
+            raise ValueError("is_test must be true or false for each image")
         names = len(table.get("target_names", ()))
         if names and names != (targets.shape[1] if targets.ndim == 2 else targets.max() + 1):
             raise ValueError(f"target_names has {names} names, which is not the number of targets")
@@ -340,26 +466,53 @@ def load(args, device=CPU) -> dict:
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         fail(f"{base}.npy/.npz cannot be used: {error}")
     args.image_size = images.shape[1]
+    groups, group_names = (targets if targets.ndim == 1 else None), table.get("target_names")
+    if args.forget == "subclass":  # the model learns super-classes, one of their members is forgotten
+        if "coarse" not in table:
+            fail(f"--forget subclass needs super-classes, which {pathlib.Path(args.dataset).name} does not have; cifar100 has them")
+        targets, table["target_names"] = table["coarse"], table.get("coarse_names", np.unique(table["coarse"]).astype(str))
     targets = torch.from_numpy(targets.astype(np.float32 if targets.ndim == 2 else np.int64))
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     some = np.linspace(0, len(images) - 1, 64).astype(int)  # other pictures under the same labels are another data set
     digest = hashlib.sha256(
-        images[some].tobytes() + np.ascontiguousarray(table["targets"]).tobytes() + identities.astype(np.int64).tobytes()
+        images[some].tobytes()
+        + np.ascontiguousarray(table["targets"]).tobytes()
+        + b"".join(np.asarray(column, dtype=np.int64).tobytes() for column in optional)
     ).hexdigest()[:16]
     images = torch.from_numpy(images)
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)
-    return {
+    data = {
         "name": pathlib.Path(args.dataset).name,
         "images": images,
         "targets": targets,
-        "identities": identities.astype(np.int64),
-        "names": table.get("names", np.arange(len(identities)).astype(str)),
+        "true_targets": targets,
+        "identities": None if identities is None else identities.astype(np.int64),
+        "is_test": is_test,
+        "groups": groups,
+        "group_names": group_names,
+        "names": table.get("names", np.arange(len(targets)).astype(str)),
         "target_names": table.get("target_names", np.arange(classes).astype(str)),
         "classes": classes,
         "digest": digest,
         "device": device,
     }
+    return flip_labels(data, args.label_noise, args.split_seed) if args.label_noise else data
+
+
+def flip_labels(data: dict, share: float, split_seed: int) -> dict:
+    """Give `share` of all images another class, drawn uniformly from the others; true_targets keeps the right ones.
+
+    On clean digits a model that never saw an image knows it as well as one that was trained on it. A wrong label can only be
+    known by remembering that image, so memorising, and forgetting, become visible.
+    """
+    if data["targets"].ndim == 2:
+        fail("--label-noise flips classes; this data has attributes")
+    rng = np.random.default_rng([split_seed, 14])
+    n, targets = len(data["targets"]), data["targets"].clone()
+    chosen = rng.choice(n, round(share * n), replace=False)
+    targets[chosen] = (targets[chosen] + torch.from_numpy(rng.integers(1, data["classes"], len(chosen)))) % data["classes"]
+    return data | {"targets": targets, "digest": f"{data['digest']}-noise{share:g}-{split_seed}"}
 
 
 def raw_batch(data: dict, indices) -> Tensor:
@@ -386,6 +539,8 @@ def identity_split(data: dict, ids: int, split_seed: int) -> dict:
     Raises SystemExit(2) when fewer than `ids` training identities have more than one image.
     """
     identities = data["identities"]
+    if identities is None:
+        fail(f"{data['name']} has no identities; forget images instead: --forget random or --forget class")
     unique, count = np.unique(identities, return_counts=True)
     order = np.random.default_rng([split_seed, 0]).permutation(len(unique))
     share = np.cumsum(count[order]) / len(identities)
@@ -415,6 +570,89 @@ def identity_split(data: dict, ids: int, split_seed: int) -> dict:
     }
     split["hash"] = hashlib.sha256(json.dumps([split, data["digest"]]).encode()).hexdigest()[:16]
     return split
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The random protocol
+
+
+def random_split(data: dict, args) -> dict:
+    """Split into train, validation and test, and draw the images to forget (LTU Sec. 4.1).
+
+    Test is the publisher's, else a random quarter; validation is 10 % of each class of the rest (SalUn's split).
+    --forget random: a random --forget-ratio of the training images, the smaller forget sets being the beginnings of the larger.
+    --forget class, subclass: all training images of --forget-classes, whose images then also leave validation and test, where
+    nobody wants them recognised; their test images stand in `test_forgotten`.
+    Returns sorted lists of image indices and `hash`, as identity_split does. Raises SystemExit(2) where a class or D_r runs empty.
+    """
+    n, seed = len(data["targets"]), args.split_seed
+    is_test = data["is_test"]
+    if is_test is None:
+        is_test = np.random.default_rng([seed, 10]).permutation(n) < n // 4
+    rest = np.random.default_rng([seed, 11]).permutation(np.flatnonzero(~is_test))
+    if args.train_images:
+        rest = rest[: args.train_images]
+    kinds = data["groups"] if data["groups"] is not None else np.zeros(n, int)  # attributes: no classes to be fair to
+    val = np.concatenate([rest[kinds[rest] == c][: round(0.1 * (kinds[rest] == c).sum())] for c in np.unique(kinds)])
+    train = rest[~np.isin(rest, val)]
+    gone = np.zeros(n, bool)  # images of classes to be forgotten
+    if args.forget == "random":
+        forget = np.random.default_rng([seed, 12]).permutation(train)[: round(args.forget_ratio * len(train))]
+    else:
+        if data["groups"] is None:
+            fail(f"--forget {args.forget} needs classes; {data['name']} has attributes")
+        known = np.unique(kinds)
+        absent = sorted(set(args.forget_classes) - set(known.tolist()))
+        if absent or len(set(args.forget_classes)) >= len(known):
+            fail(
+                f"--forget-classes {args.forget_classes}: {data['name']} has classes 0 to {known.max()}, and one must stay; absent: {absent}"
+            )
+        gone = np.isin(kinds, args.forget_classes)
+        forget = train[gone[train]]
+    retain = train[~np.isin(train, forget)]
+    if args.forget != "class" and len(retain) and data["targets"].ndim == 1:
+        left = np.bincount(data["targets"][retain].numpy(), minlength=data["classes"])
+        if left.min() == 0:
+            fail(f"forgetting {len(forget):,} of {len(train):,} images leaves none of class {left.argmin()}; lower --forget-ratio")
+    if len(forget) == 0 or len(retain) < args.batch_size:
+        fail(
+            f"D_f has {len(forget):,} images and D_r {len(retain):,}: D_f must not be empty, D_r not smaller than --batch-size {args.batch_size}"
+        )
+    test = np.flatnonzero(is_test)
+    parts = {"retain": retain, "forget": forget, "val": val[~gone[val]], "test": test[~gone[test]], "test_forgotten": test[gone[test]]}
+    split = {name: np.sort(part).tolist() for name, part in parts.items()}
+    split["hash"] = hashlib.sha256(json.dumps([split, data["digest"]]).encode()).hexdigest()[:16]
+    return split
+
+
+def make_split(data: dict, args) -> dict:
+    """Who is forgotten, as --forget says: identity_split or random_split; with --dry-run a short version of it."""
+    split = identity_split(data, args.ids, args.split_seed) if args.forget == "identities" else random_split(data, args)
+    return shortened(split) if args.dry_run else split
+
+
+def setting(args) -> str:
+    """What is forgotten from what, as a file name: one folder of checkpoints and results for each."""
+    who = {"identities": f"ids{args.ids}", "random": f"random{args.forget_ratio:g}"}
+    name = who.get(args.forget) or args.forget + "+".join(str(c) for c in args.forget_classes)
+    name += f"-n{args.train_images}" * bool(args.train_images) + f"-noise{args.label_noise:g}" * bool(args.label_noise)
+    return f"{name}-split{args.split_seed}" + "-dry" * args.dry_run
+
+
+def reachable(split: dict, rho: float, split_seed: int) -> list[int]:
+    """D_r-hat, the share rho of D_r that a method may use (LTU Sec. 3.2); a smaller one is part of a larger one."""
+    order = np.random.default_rng([split_seed, 13]).permutation(split["retain"])
+    return np.sort(order[: round(rho * len(order))]).tolist()
+
+
+def unseen_sets(split: dict, seen: list[int], sets=20) -> list[np.ndarray]:
+    """Positions within D_r of `sets` random sets of |D_f| images outside `seen`: the random protocol's control. Where
+    (almost) all of D_r was seen, sets of D_r.
+    """
+    unseen = np.flatnonzero(~np.isin(split["retain"], seen))
+    pool = unseen if len(unseen) >= 50 else np.arange(len(split["retain"]))
+    rng = np.random.default_rng([int(split["hash"], 16) % 2**32, 4])
+    return [np.sort(rng.choice(pool, min(len(split["forget"]), len(pool)), replace=False)) for _ in range(sets)]
 
 
 def shortened(split: dict) -> dict:
@@ -458,18 +696,54 @@ def control_sets(data: dict, split: dict, sets=20) -> list[np.ndarray]:
 
 
 def describe(data: dict, split: dict) -> str:
-    parts = ", ".join(
-        f"{name} {len(split[key]):,}"
-        for name, key in (("D_r", "retain"), ("D_f", "forget"), ("S", "support"), ("D_v", "val"), ("D_te", "test"))
-    )
-    return (
-        f"{data['name']}: {len(data['identities']):,} images of {len(np.unique(data['identities'])):,} identities "
-        f"({len(split['train_ids']):,} for training); {parts}; split {split['hash']}"
-    )
+    sets = (("D_r", "retain"), ("D_f", "forget"), ("S", "support"), ("D_v", "val"), ("D_te", "test"))
+    parts = ", ".join(f"{name} {len(split[key]):,}" for name, key in sets if key in split)
+    if "support" in split:
+        of = f"{len(data['identities']):,} images of {len(np.unique(data['identities'])):,} identities ({len(split['train_ids']):,} for training)"
+    else:
+        of = f"{len(data['targets']):,} images of {data['classes']} classes"
+        flipped = (data["targets"] != data["true_targets"]).float().mean()
+        of += f", {100 * flipped:.0f} % of the labels flipped" * bool(flipped)
+    return f"{data['name']}: {of}; {parts}; split {split['hash']}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation
+
+
+def draw_augmentation(B: int, args, rng: torch.Generator) -> Tensor:
+    """Draw for B images what --augment asks for, on the CPU, so that every device and process has the same; see augment.
+
+    resized-crop: (B, 2, 3) affine maps. pad-crop: (B, 3), the crop's row and column and whether to flip. none: (B, 0).
+    """
+    if args.augment == "resized-crop":
+        return random_crops(B, args.image_size, args.crop_scale, rng)
+    if args.augment == "pad-crop":
+        corner = torch.randint(0, 2 * PAD + 1, (B, 2), generator=rng)
+        return torch.cat([corner, torch.randint(0, 2, (B, 1), generator=rng)], 1)
+    return torch.zeros(B, 0)
+
+
+def augment(images: Tensor, drawn: Tensor) -> Tensor:
+    """Apply what draw_augmentation drew: (B, 3, S, S) -> (B, 3, S, S). All images at once; no loop over them."""
+    if drawn.ndim == 3:
+        return crop(images, drawn)
+    return pad_crop(images, drawn) if drawn.shape[1] else images
+
+
+PAD = 4  # pixels of black around the image, torchvision's RandomCrop(32, padding=4) (SalUn's recipe)
+
+
+def pad_crop(images: Tensor, drawn: Tensor) -> Tensor:
+    """Pad by PAD black pixels, cut (S, S) at each image's own corner, flip some: (B, 3, S, S) -> (B, 3, S, S)."""
+    B, S = len(images), images.shape[-1]
+    row, column, flip = drawn.to(images.device).unbind(1)
+    along = torch.arange(S, device=images.device)
+    rows = row[:, None] + along  # (B, S)
+    columns = column[:, None] + torch.where(flip[:, None] > 0, S - 1 - along, along)  # (B, S)
+    padded = F.pad(images, (PAD,) * 4).permute(0, 2, 3, 1)  # (B, S + 2 PAD, S + 2 PAD, 3)
+    cut = padded[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, S, S, 3)
+    return cut.permute(0, 3, 1, 2)
 
 
 def random_crops(B: int, S: int, scale: float, rng: torch.Generator) -> Tensor:
@@ -508,7 +782,11 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_shared_arguments(parser)
     parser.add_argument("--annotations-only", action="store_true", help="print the split from the annotation files; open no picture")
-    return parse_with_presets(parser, {name: {"image_size": 224} for name in ("celeba", "celebahq")}, argv)
+    presets = {name: {"image_size": 224} for name in ("celeba", "celebahq")} | {"digits": {"image_size": 8, "label_noise": 0.1}}
+    presets |= {name: {"image_size": 32} for name in ("cifar10", "cifar100")} | {"tinyimagenet": {"image_size": 64}}
+    for name in ("digits", "cifar10", "cifar100", "tinyimagenet"):
+        presets[name]["forget"] = "random"
+    return parse_with_presets(parser, presets, argv)
 
 
 def main(argv=None):
@@ -520,7 +798,7 @@ def main(argv=None):
         data = readers[args.dataset](pathlib.Path(args.data_dir)) | {"name": args.dataset, "digest": "annotations"}
     else:
         data = load(args)
-    print(describe(data, identity_split(data, args.ids, args.split_seed)))
+    print(describe(data, make_split(data, args)))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ from common import (
     with_parameters,
     write_json,
 )
-from data import control_sets, describe, identity_split, load, raw_batch, shortened, simulated_requests, targets_of
+from data import control_sets, describe, load, make_split, raw_batch, setting, simulated_requests, targets_of
 from train import PRESETS as TRAINING_PRESETS
 from train import RECIPE_RANGES, add_recipe_arguments, checkpoint_folder, train
 
@@ -801,6 +801,8 @@ def parse_args(argv=None):
     add("--plot", action="store_true", help="write a figure beside the result file")
     args = parse_with_presets(parser, PRESETS, argv)
     check_ranges(args, RANGES)
+    if args.forget != "identities":
+        fail(f"METAUNLEARN forgets identities, not --forget {args.forget}; see ltu.py")
     inputs = set(args.inputs.split(","))
     if not inputs <= {"logits", "features", "targets", "ids", "losses"} or not inputs & {"logits", "features", "losses"}:
         fail(f"--inputs {args.inputs}: name some of logits, features, targets, ids, losses, at least one of logits, features, losses")
@@ -816,12 +818,12 @@ def parse_args(argv=None):
 
 def report(rows, table, selection, seconds, data, split, args, source, device) -> dict:
     """Print the paper's row, write the result file and, with --plot, the figure; returns the result as written."""
-    metric, setting = "mAP" if data["targets"].ndim == 2 else "accuracy", f"ids{args.ids}-split{args.split_seed}" + "-dry" * args.dry_run
+    metric = "mAP" if data["targets"].ndim == 2 else "accuracy"
     print_table(rows, table, metric, f"METAUNLEARN {args.preset}" + " (dry)" * args.dry_run)
     result = {
         "method": args.method,
         "dataset": data["name"],
-        "setting": setting,
+        "setting": setting(args),
         "seed": args.seed,
         "split_hash": split["hash"],
         "access": {
@@ -839,7 +841,7 @@ def report(rows, table, selection, seconds, data, split, args, source, device) -
         "seconds": seconds,
         **provenance(device),
     }
-    path = pathlib.Path(args.out) / f"{data['name']}-{setting}" / f"{args.method}-seed{args.seed}.json"
+    path = pathlib.Path(args.out) / f"{data['name']}-{setting(args)}" / f"{args.method}-seed{args.seed}.json"
     write_json(path, result)
     say(f"result: {path}   meta-loss: {source}\n" + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
     if args.plot:
@@ -861,8 +863,7 @@ def main(argv=None):
     check_writable(*filter(None, folders))
     seconds, clock = {}, time.time()
     data = load(args, device)
-    split = identity_split(data, args.ids, args.split_seed)
-    split = shortened(split) if args.dry_run else split
+    split = make_split(data, args)
     say(describe(data, split))
     seconds["load"] = time.time() - clock
     model, spent = train("original", data, split, args)

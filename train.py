@@ -1,8 +1,9 @@
-"""Train the original model on D_tr and the gold model on D_r (METAUNLEARN App. A).
+"""Train the original model on D_tr and the gold model on D_r (METAUNLEARN App. A; LTU Sec. 4.1 with SalUn's recipe).
 
 Usage:
     python train.py                                        # toy faces, both models, half a minute on two CPU cores
-    python train.py --dataset celebahq --ids 20            # the paper's recipe: ViT-B/16, 30 epochs
+    python train.py --dataset celebahq --ids 20            # METAUNLEARN's recipe: ViT-B/16, 30 epochs
+    python train.py --dataset cifar10 --forget-ratio 0.5   # LTU's: ResNet-18, 182 epochs
     torchrun --nproc-per-node 4 train.py --dataset celeba --ids 10
 
 The gold model ("Retrained") is built from its constructor and trained by the same recipe on D_r alone. The epoch with the
@@ -39,19 +40,31 @@ from common import (
     task_losses,
     wait_for_all,
 )
-from data import crop, describe, identity_split, load, random_crops, raw_batch, shortened, targets_of
+from data import augment, describe, draw_augmentation, load, make_split, raw_batch, setting, targets_of
 
-# What --dataset brings along; a flag on the command line wins. celeba, celebahq: paper App. A (batch size: authors' code).
+# What --dataset brings along; a flag on the command line wins. celeba, celebahq: paper App. A (batch size: authors' code);
+# cifar10, cifar100: SalUn's recipe, which LTU compares with. digits: 60 epochs to RA 100 %, so the last epoch is kept: the best
+# one by (noisy) validation labels would be one that has not memorised the flipped labels yet.
 _PAPER = dict(model="vit_base_patch16_224", init="pretrained", image_size=224, epochs=30, optimizer="sgd", lr=1e-3, batch_size=32)
+_SALUN = dict(forget="random", optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
+_PLAIN = dict(augment="none", keep="last")
 PRESETS = {
     "toyfaces": dict(ids=10, epochs=50, crop_scale=0.8),
     "celebahq": dict(_PAPER, ids=20, weight_decay=1e-3, warmup_epochs=2, crop_scale=0.08),
     "celeba": dict(_PAPER, ids=5, weight_decay=1e-4, warmup_epochs=2, crop_scale=0.08),
     "qmnist": dict(ids=20, epochs=10),
+    "digits": dict(_SALUN, warmup_epochs=1, image_size=8, model="toy_resnet", label_noise=0.1, epochs=60, batch_size=64, **_PLAIN),
+    "cifar10": dict(
+        _SALUN, warmup_epochs=0, image_size=32, model="resnet18", epochs=182, schedule="milestones", batch_size=256, augment="pad-crop"
+    ),
+    "tinyimagenet": dict(
+        forget="random", image_size=64, model="vit_tiny_patch16_224", epochs=100, lr=5e-4, batch_size=256, warmup_epochs=5
+    ),
 }
+PRESETS["cifar100"] = PRESETS["cifar10"]
 RECIPE = (
     *("model", "init", "image_size", "epochs", "optimizer", "lr", "momentum", "weight_decay", "warmup_epochs", "crop_scale"),
-    *("batch_size", "amp"),
+    *("batch_size", "amp", "schedule", "augment", "keep"),
 )
 
 
@@ -71,20 +84,35 @@ def add_recipe_arguments(parser):
     add(
         "--crop-scale", type=float, default=0.7, help="smallest share of the image's area in RandomResizedCrop; torchvision's default: 0.08"
     )
+    add(
+        "--schedule",
+        choices=("cosine", "milestones"),
+        default="cosine",
+        help="after warm-up: cosine to 0, or a tenth at 1/2 and 3/4 (SalUn)",
+    )
+    add(
+        "--augment",
+        choices=("resized-crop", "pad-crop", "none"),
+        default="resized-crop",
+        help="flip included; paper: resized-crop, SalUn: pad-crop",
+    )
+    add("--keep", choices=("best", "last"), default="best", help="epoch kept: best by validation (both papers) or last")
     add("--batch-size", type=int, default=64, help="images an optimiser step, over all processes; authors' code: 32")
 
 
 def checkpoint_folder(args) -> pathlib.Path:
     """One folder for one model and split: the original, the gold model and every method's checkpoints."""
     name = f"{pathlib.Path(args.dataset).name}-{args.image_size}-{args.model}"
-    return pathlib.Path(args.checkpoint_dir) / (name + "-dry" * args.dry_run) / f"ids{args.ids}-split{args.split_seed}"
+    return pathlib.Path(args.checkpoint_dir) / name / setting(args)
 
 
 def learning_rate(step: int, steps_per_epoch: int, args) -> float:
-    """Linear warm-up over --warmup-epochs, then cosine to 0; step counts from 0."""
+    """Linear warm-up over --warmup-epochs, then cosine to 0, or a tenth at 1/2 and 3/4 of the epochs; step counts from 0."""
     warmup, total = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (step + 1) / warmup
+    if args.schedule == "milestones":
+        return args.lr * 0.1 ** sum(step >= share * args.epochs // 1 * steps_per_epoch for share in (0.5, 0.75))
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -110,8 +138,8 @@ def train(which: str, data: dict, split: dict, args):
         model.load_state_dict(saved["model"])
         return model.eval(), 0.0
 
-    images = split["retain"] + split["forget"] if which == "original" else split["retain"]
-    images = torch.tensor(sorted(images))
+    chosen = split["retain"] + split["forget"] if which == "original" else split["retain"]
+    chosen = torch.tensor(sorted(chosen))
     val_targets = data["targets"][split["val"]]
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -125,24 +153,23 @@ def train(which: str, data: dict, split: dict, args):
         first_epoch, best, best_state, seconds = (saved["epoch"] + 1, saved["best"], saved["best_state"], saved["seconds"])
         say(f"{which}: resuming after epoch {first_epoch}")
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    steps = max(1, math.ceil(len(images) / args.batch_size))
-    if len(images) % args.batch_size and len(images) % args.batch_size < world:
+    steps = max(1, math.ceil(len(chosen) / args.batch_size))
+    if len(chosen) % args.batch_size and len(chosen) % args.batch_size < world:
         steps = max(1, steps - 1)  # a last batch with fewer images than processes is left out
     epochs = 1 if args.dry_run else args.epochs
     for epoch in range(first_epoch, epochs):
         begin, total_loss = time.time(), 0.0
         rng = generator(seed, epoch)  # order and crops depend on seed and epoch alone: resuming equals never stopping
-        order = images[torch.randperm(len(images), generator=rng)]
+        order = chosen[torch.randperm(len(chosen), generator=rng)]
         model.train()
-        for step in range(2 if args.dry_run else steps):
+        for step in range(min(2, steps) if args.dry_run else steps):
             batch = order[step * args.batch_size : (step + 1) * args.batch_size]
-            maps = random_crops(len(batch), args.image_size, args.crop_scale, rng)[rank::world]
-            own = batch[rank::world]
+            drawn, own = draw_augmentation(len(batch), args, rng)[rank::world], batch[rank::world]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * steps + step, steps, args)
-            cropped = crop(raw_batch(data, own), maps)  # outside autocast, which would round the grid to bf16
+            images = augment(raw_batch(data, own), drawn)  # outside autocast, which would round a crop's grid to bf16
             with autocast(device, args.amp):
-                _, logits = wrapped(cropped)
+                _, logits = wrapped(images)
             # DistributedDataParallel averages over processes: scale a share's sum so that the result is the batch's mean.
             loss = task_losses(logits.float(), targets_of(data, own)).sum() * world / len(batch)
             optimizer.zero_grad(set_to_none=True)
@@ -152,7 +179,7 @@ def train(which: str, data: dict, split: dict, args):
         if not math.isfinite(total_loss):
             fail(f"{which}: the loss is no longer finite in epoch {epoch + 1}; lower --lr (now {args.lr})")
         val_score = score(predict(model, lambda i: raw_batch(data, i), split["val"], device, args.amp), val_targets)
-        if val_score > best:
+        if val_score > best or args.keep == "last":
             best, best_state = val_score, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         seconds += time.time() - begin
         left = (epochs - epoch - 1) * (time.time() - begin)
@@ -189,8 +216,7 @@ def main(argv=None):
     start_processes(device)
     check_writable(args.checkpoint_dir)
     data = load(args, device)
-    split = identity_split(data, args.ids, args.split_seed)
-    split = shortened(split) if args.dry_run else split
+    split = make_split(data, args)
     say(describe(data, split))
     for which in ("original", "gold") if args.which == "both" else (args.which,):
         model, _ = train(which, data, split, args)
