@@ -237,7 +237,7 @@ def read_cifar10(root: pathlib.Path) -> dict:
     """CIFAR-10: torchvision reads the publisher's files and checks their md5; or one array file, for re-encoded copies."""
     if (root / "cifar10.npz").is_file() and not (root / "cifar-10-batches-py").is_dir():
         try:
-            with np.load(root / "cifar10.npz") as table:
+            with open(root / "cifar10.npz", "rb") as file, np.load(file) as table:
                 images, label, is_test = table["images"], table["label"], table["is_test"]
             if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images) == len(label) == len(is_test):
                 raise ValueError("images must be uint8 (N, 32, 32, 3), with one label and is_test for each")

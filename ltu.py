@@ -348,7 +348,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     partial: where to save progress for --resume. Raises SystemExit(2) at a step that is not finite; the model before that step
     is then kept at partial.
     """
-    device, student = data["device"], copy.deepcopy(model).train()
+    student = copy.deepcopy(model).train()
     theta = {k: p.detach() for k, p in student.named_parameters()}
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
     z_1, seen_labels = z_1_table(model, data, forget, seen, args), label_vectors(data, seen)
