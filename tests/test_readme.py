@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ["data", "train", "metaunlearn"]
+SCRIPTS = ["data", "train", "metaunlearn", "ltu"]
 
 
 def commands(text):
@@ -37,7 +37,8 @@ def test_documented_command_is_accepted(script, arguments):
     module = importlib.import_module(script)
     args = module.parse_args(arguments)
     if "--dataset" in arguments and script != "data":
-        assert args.image_size == (70 if "70" in arguments else 224)
+        own = {"toyfaces": 32, "digits": 8, "cifar10": 32, "tinyimagenet": 64}.get(args.dataset, 224)
+        assert args.image_size == (int(arguments[arguments.index("--image-size") + 1]) if "--image-size" in arguments else own)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
