@@ -526,6 +526,15 @@ def targets_of(data: dict, indices) -> Tensor:
     return data["targets"][torch.as_tensor(np.asarray(indices))].to(data["device"])
 
 
+def random_labels(data: dict, pool: Tensor, k: int, rng: torch.Generator) -> Tensor:
+    """y_rand of k images: (k,) uniform over all classes, the true one included (LTU Eq. 6, SalUn); for attributes, which no coin
+    toss resembles, (k, K) the label vectors of random images of `pool`.
+    """
+    if data["targets"].ndim == 1:
+        return torch.randint(data["classes"], (k,), generator=rng).to(data["device"])
+    return targets_of(data, pool[torch.randint(len(pool), (k,), generator=rng)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The identity protocol
 

@@ -75,6 +75,7 @@ from data import (
     draw_augmentation,
     load,
     make_split,
+    random_labels,
     raw_batch,
     reachable,
     setting,
@@ -122,13 +123,6 @@ def meta_gradient(tune_loss, test_loss, theta: dict, alpha: float, first_order=F
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sec. 3.2, support and query sets of the remembering feedback
-
-
-def random_labels(data: dict, seen: Tensor, k: int, rng: torch.Generator) -> Tensor:
-    """y_rand of k support images, Eq. (6): (k,) uniform over all classes, or (k, K) the attributes of random images of D_r_hat."""
-    if data["targets"].ndim == 1:
-        return torch.randint(data["classes"], (k,), generator=rng).to(data["device"])
-    return targets_of(data, seen[torch.randint(len(seen), (k,), generator=rng)])
 
 
 def z_1_table(model, data, forget: Tensor, seen: Tensor, args) -> Tensor:

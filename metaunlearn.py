@@ -509,7 +509,7 @@ def simulated_problem(model, data, split, args, images=256) -> list[dict]:
 
     The gold model is replaced by what it should look like: theta itself on (at most `images`) retained and validation
     images, and on forgotten ones the score that theta has on as many validation identities (mean of 10 draws).
-    Each problem holds S, index arrays `sets` and the scores `want`. Source: ours, after Eq. (7).
+    Each problem holds S, its indices `support`, index arrays `sets` and the scores `want`. Source: ours, after Eq. (7).
     """
     rng = np.random.default_rng([args.seed, args.split_seed, 6])
     val, everyone = np.array(split["val"]), np.array(split["retain"] + split["forget"])
@@ -530,7 +530,8 @@ def simulated_problem(model, data, split, args, images=256) -> list[dict]:
         want = {"retain": score(logits, data["targets"][retained]), "forget": float(np.mean(seen_as_new))}
         want["test"] = score(val_logits[some_val], data["targets"][val[some_val]])
         S = support_batch(data, split["train_ids"], support, updatable(model, False))
-        problems.append({"S": S, "sets": {"retain": retained, "forget": forget, "test": val[some_val]}, "want": want})
+        sets = {"retain": retained, "forget": forget, "test": val[some_val]}
+        problems.append({"S": S, "support": support, "sets": sets, "want": want})
     return problems
 
 

@@ -116,16 +116,17 @@ def learning_rate(step: int, steps_per_epoch: int, args) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def train(which: str, data: dict, split: dict, args):
+def train(which: str, data: dict, split: dict, args, ledger=False):
     """Return (model, seconds of training) of `which`, "original" (on D_tr) or "gold" (on D_r): loaded, else trained.
 
     Resumes from the last finished epoch with --resume. Under torchrun each process takes its share of every batch, and
     the result is that of one process but for rounding and batch-norm statistics. Raises SystemExit(2) for a checkpoint of another split or
-    recipe, and when the loss is no longer finite.
+    recipe, and when the loss is no longer finite. ledger: train again and record, as model.ledger {name: tensor}, the sum of all
+    updates whose batch held an image of D_f (Graves et al. 2021, for Amnesiac unlearning); kept in a file of its own.
     """
     assert which in ("original", "gold"), which
     device, (rank, world) = data["device"], rank_and_world()
-    path = checkpoint_folder(args) / f"{which}-seed{args.seed}.pt"
+    path = checkpoint_folder(args) / f"{which}{'-ledger' * ledger}-seed{args.seed}.pt"
     partial = path.with_suffix(".partial.pt")
     identity = {"which": which, "split": split["hash"], "seed": args.seed, "target_names": [str(n) for n in data["target_names"]]}
     identity |= {f"--{key.replace('_', '-')}": getattr(args, key) for key in RECIPE}
@@ -136,6 +137,7 @@ def train(which: str, data: dict, split: dict, args):
         saved = load_checkpoint(path, "model", **identity)
         say(f"{which}: loaded {path} (validation {100 * saved['best']:.1f})")
         model.load_state_dict(saved["model"])
+        model.ledger = saved.get("ledger")
         return model.eval(), 0.0
 
     chosen = split["retain"] + split["forget"] if which == "original" else split["retain"]
@@ -146,11 +148,14 @@ def train(which: str, data: dict, split: dict, args):
     else:
         optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     first_epoch, best, best_state, seconds = 0, -1.0, None, 0.0
+    recorded = {k: torch.zeros_like(p) for k, p in model.named_parameters()} if ledger else None
+    best_ledger, forget = None, torch.tensor(split["forget"])
     if args.resume and partial.is_file():
         saved = load_checkpoint(partial, "partial model", **identity)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first_epoch, best, best_state, seconds = (saved["epoch"] + 1, saved["best"], saved["best_state"], saved["seconds"])
+        recorded, best_ledger = saved["recorded"], saved["best_ledger"]
         say(f"{which}: resuming after epoch {first_epoch}")
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     steps = max(1, math.ceil(len(chosen) / args.batch_size))
@@ -174,13 +179,17 @@ def train(which: str, data: dict, split: dict, args):
             loss = task_losses(logits.float(), targets_of(data, own)).sum() * world / len(batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            before = {k: p.detach().clone() for k, p in model.named_parameters()} if ledger and torch.isin(batch, forget).any() else {}
             optimizer.step()
+            for k, p in model.named_parameters() if before else ():
+                recorded[k] += p.detach() - before[k]
             total_loss += loss.item()
         if not math.isfinite(total_loss):
             fail(f"{which}: the loss is no longer finite in epoch {epoch + 1}; lower --lr (now {args.lr})")
         val_score = score(predict(model, lambda i: raw_batch(data, i), split["val"], device, args.amp), val_targets)
         if val_score > best or args.keep == "last":
             best, best_state = val_score, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            best_ledger = {k: t.cpu().clone() for k, t in recorded.items()} if ledger else None
         seconds += time.time() - begin
         left = (epochs - epoch - 1) * (time.time() - begin)
         say(
@@ -189,14 +198,17 @@ def train(which: str, data: dict, split: dict, args):
         )
         if rank == 0 and epoch + 1 < epochs:
             progress = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, best_state=best_state, seconds=seconds)
+            progress |= dict(recorded=recorded, best_ledger=best_ledger)
             save_checkpoint(partial, kind="partial model", best=best, **progress, **identity)
     if rank == 0:
-        save_checkpoint(path, kind="model", model=best_state, best=best, seconds=seconds, indices=split, **identity)
+        content = dict(model=best_state, best=best, seconds=seconds, indices=split, ledger=best_ledger)
+        save_checkpoint(path, kind="model", **content, **identity)
         partial.unlink(missing_ok=True)
     wait_for_all()
     if world > 1:  # batch-norm statistics are each process's own: all go on with what the first one saved
         best_state = load_checkpoint(path, "model", **identity)["model"]
     model.load_state_dict(best_state)
+    model.ledger = best_ledger
     return model.eval(), seconds
 
 

@@ -324,7 +324,7 @@ def test_z_2_finds_a_nearest_label_and_breaks_ties_at_random():
 
 def test_random_labels_are_uniform_over_all_classes(digits):
     """Chi-square at a fixed seed, 9 degrees of freedom: 27.9 is its 99.9 % point."""
-    labels = L.random_labels(digits.data, torch.tensor(digits.seen), 20000, torch.Generator().manual_seed(0))
+    labels = D.random_labels(digits.data, torch.tensor(digits.seen), 20000, torch.Generator().manual_seed(0))
     count = np.bincount(labels.numpy(), minlength=10)
     assert ((count - 2000) ** 2 / 2000).sum() < 27.9
 
