@@ -70,7 +70,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
         "--forget-classes",
         type=int,
         nargs="+",
-        default=[0],
+        default=[],
         help="class numbers for --forget class; for subclass those within the super-classes",
     )
     add("--label-noise", type=float, default=0.0, help="share of all labels to flip, so that memorising shows; digits: 0.1, papers: 0")
@@ -102,6 +102,16 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     args = parser.parse_args(argv)
     check_ranges(args, [("ids", 1, 1e9), ("image_size", 8, 4096), ("split_seed", 0, 2**32), ("seed", 0, 2**32)])
     check_ranges(args, [("label_noise", 0, 0.9), ("train_images", 0, 1e9)])
+    given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for flag, needed in (("--ids", ("identities",)), ("--forget-ratio", ("random",)), ("--forget-classes", ("class", "subclass"))):
+        if flag in given and args.forget not in needed:
+            fail(f"{flag} goes with --forget {' or '.join(needed)}; this is --forget {args.forget}")
+    if args.forget in ("class", "subclass"):
+        if "--forget-classes" not in given:
+            fail(f"--forget {args.forget} needs --forget-classes, the numbers of the classes")
+        args.forget_classes = sorted(set(args.forget_classes))
+        if args.label_noise:
+            fail(f"--forget {args.forget} with flipped labels would leave images labelled with that class in D_r; add --label-noise 0")
     if not 0 < args.forget_ratio < 1:
         fail(f"--forget-ratio is {args.forget_ratio}; it must lie between 0 and 1, without either")
     return args
@@ -219,28 +229,28 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
 
     if "vit" in name and (patch := 8 if name == "toy_vit" else _patch_size(name)) and image_size % patch:
         fail(f"--image-size {image_size} is no multiple of {patch}, the patch size of {name}")
-    if name in ("toy_vit", "toy_resnet") and init == "pretrained":
-        fail(f"--model {name} has no pretrained weights; give --init none")
+    if init == "pretrained" and (name in ("toy_vit", "toy_resnet") or (name == "resnet18" and image_size <= 64)):
+        fail(f"--model {name} at {image_size} px has no pretrained weights; give --init none")
     torch.manual_seed(seed)
     extra = {}
     if init not in ("none", "pretrained"):
         extra = {"pretrained_cfg_overlay": {"state_dict": _read_weights(init)}}
     try:
+        own = name in ("toy_vit", "toy_resnet") or (name == "resnet18" and image_size <= 64)
         if name == "toy_vit":  # 0.21 M parameters: 32 px faces on two CPU cores in seconds
             net = timm.models.VisionTransformer(img_size=image_size, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=outputs)
-            net.pretrained_cfg = {}
-            if extra:
-                net.load_state_dict(extra["pretrained_cfg_overlay"]["state_dict"])
         elif name == "toy_resnet":  # 0.08 M parameters, three stages of one block: for digits and small pieces of CIFAR-10 on a CPU
             block, stages = timm.models.resnet.BasicBlock, dict(layers=(1, 1, 1), channels=(16, 32, 64), zero_init_last=False)
             net = timm.models.ResNet(block, num_classes=outputs, **stages)
             net.bn1, net.layer1, net.layer4 = nn.BatchNorm2d(16), nn.Sequential(block(16, 16)), nn.Identity()  # timm's stem has 64 channels
-            net.pretrained_cfg = {}
             _cifar_stem(net, 16)
-        elif name == "resnet18" and image_size <= 64 and init == "none":
+        elif own:
             net = timm.create_model(name, num_classes=outputs)
-            net.pretrained_cfg = {}
             _cifar_stem(net, 64)
+        if own:
+            net.pretrained_cfg = {}  # images are scaled to [-1, 1]; SalUn's ResNet-18 has CIFAR's own mean and deviation
+            if extra:
+                _load_but_the_head(net, extra["pretrained_cfg_overlay"]["state_dict"])
         else:
             size = {"img_size": image_size} if "vit" in name or "deit" in name else {}
             net = timm.create_model(name, pretrained=init != "none", num_classes=outputs, **size, **extra)
@@ -266,6 +276,18 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     except Exception as error:  # two heads, a fixed input size: whatever timm's model raises on such a call
         fail(f"--model {name} at {image_size} px does not give features and one classifier ({' '.join(str(error).split())[:120]})")
     return model.train()
+
+
+def _load_but_the_head(net, state: dict):
+    """Load weights, leaving out a classifier of another size, as timm does. Raises RuntimeError where others are missing."""
+    head = [k for k, p in net.get_classifier().named_parameters()]
+    own = net.state_dict()
+    left_out = {
+        k for k in own if k.split(".")[0] in ("fc", "head") and k.split(".")[-1] in head and own[k].shape != state.get(k, own[k]).shape
+    }
+    missing = net.load_state_dict({k: t for k, t in state.items() if k not in left_out}, strict=False).missing_keys
+    if set(missing) - left_out:
+        raise RuntimeError(f"the file lacks {sorted(set(missing) - left_out)[0]}")
 
 
 def _cifar_stem(net, channels: int):
@@ -353,14 +375,16 @@ def confidence(logits: Tensor, targets: Tensor) -> Tensor:
 def membership_inference(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     """MI: the share of D_f that SalUn's confidence attack takes for non-members, in [0, 1] (LTU Sec. 4.1, SalUn's SVC_MIA).
 
-    Arguments: confidences (n,) of as many images of D_r (the first in dataset order) as of the test set; of the test set;
-    of D_f. An RBF SVC learns to tell the first two apart. Equality with the gold model is the goal, not 1.
-    Equal confidences are one point with their number as weight: the same problem for the SVC, and a smaller one.
+    Arguments: confidences (n,) of D_r, of the test set, of D_f. An RBF SVC learns to tell the first two apart, on as many of each:
+    the larger is thinned evenly (SalUn takes the first |D_te| of D_r, which in a data set sorted by class is a few classes).
+    Equality with the gold model is the goal, not 1. Equal confidences are one point with their number as weight: the same
+    problem for the SVC, and a smaller one.
     """
     from sklearn.svm import SVC
 
     retain, test, forget = (t.float().double().numpy() for t in (retain, test, forget))  # SalUn's confidences are float32
-    points = [np.unique(part, return_counts=True) for part in (retain[: len(test)], test)]
+    n = min(len(retain), len(test))
+    points = [np.unique(part[np.arange(n) * len(part) // n], return_counts=True) for part in (retain, test)]
     x = np.concatenate([values for values, _ in points])[:, None]
     member = np.repeat([1, 0], [len(values) for values, _ in points])
     weight = np.concatenate([count for _, count in points]).astype(float)
@@ -438,8 +462,11 @@ def measure(model: Net, load_images, targets: Tensor, sets: dict, controls: list
             sure[name] = confidence(logits, own)
             right = true_targets[sets[name]] if name == "test" else own
             row[name] |= {"score": score(logits, right), "accuracy": accuracy(logits, right)}
-            if name in ("retain", "forget") and (own != true_targets[sets[name]]).any():
+            if name in ("retain", "forget") and (targets != true_targets).any():
                 row[name]["wrong"] = (logits.argmax(1) != own).tolist()
+    if sets.get("test_forgotten"):  # test images of a forgotten class: generalisation that should be gone too
+        logits, own = predict(model, load_images, sets["test_forgotten"], device, amp), targets[sets["test_forgotten"]]
+        row["test_forgotten"] = {"score": score(logits, own), "loss": task_losses(logits, own).mean().item()}
     if true_targets is not None:
         row["mi"] = membership_inference(sure["retain"], sure["test"], sure["forget"])
     return row
@@ -565,6 +592,14 @@ def check_writable(*folders):
                 pass
         except OSError as error:
             fail(f"cannot write to {folder} ({error.strerror}); choose another folder with --out, --checkpoint-dir or --data-dir")
+
+
+def check_file(path):
+    """Fail now where --save names a folder or a place that cannot be written."""
+    if path:
+        if pathlib.Path(path).is_dir():
+            fail(f"--save {path} is a folder; name a file")
+        check_writable(pathlib.Path(path).parent)
 
 
 def save_checkpoint(path, **content):

@@ -466,7 +466,7 @@ def load(args, device=CPU) -> dict:
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         fail(f"{base}.npy/.npz cannot be used: {error}")
     args.image_size = images.shape[1]
-    groups, group_names = (targets if targets.ndim == 1 else None), table.get("target_names")
+    groups = targets if targets.ndim == 1 else None
     if args.forget == "subclass":  # the model learns super-classes, one of their members is forgotten
         if "coarse" not in table:
             fail(f"--forget subclass needs super-classes, which {pathlib.Path(args.dataset).name} does not have; cifar100 has them")
@@ -490,7 +490,6 @@ def load(args, device=CPU) -> dict:
         "identities": None if identities is None else identities.astype(np.int64),
         "is_test": is_test,
         "groups": groups,
-        "group_names": group_names,
         "names": table.get("names", np.arange(len(targets)).astype(str)),
         "target_names": table.get("target_names", np.arange(classes).astype(str)),
         "classes": classes,
@@ -508,6 +507,8 @@ def flip_labels(data: dict, share: float, split_seed: int) -> dict:
     """
     if data["targets"].ndim == 2:
         fail("--label-noise flips classes; this data has attributes")
+    if data["classes"] < 2:
+        fail(f"--label-noise needs two classes to flip between; {data['name']} has one")
     rng = np.random.default_rng([split_seed, 14])
     n, targets = len(data["targets"]), data["targets"].clone()
     chosen = rng.choice(n, round(share * n), replace=False)
@@ -619,15 +620,21 @@ def random_split(data: dict, args) -> dict:
         gone = np.isin(kinds, args.forget_classes)
         forget = train[gone[train]]
     retain = train[~np.isin(train, forget)]
-    if args.forget != "class" and len(retain) and data["targets"].ndim == 1:
-        left = np.bincount(data["targets"][retain].numpy(), minlength=data["classes"])
+    if args.forget != "class" and data["targets"].ndim == 1:
+        of_all, left = (np.bincount(data["targets"][part].numpy(), minlength=data["classes"]) for part in (train, retain))
+        if of_all.min() == 0:
+            fail(
+                f"class {of_all.argmin()} has no training image; classes must be numbered from 0 without gaps, and --train-images not too few"
+            )
         if left.min() == 0:
-            fail(f"forgetting {len(forget):,} of {len(train):,} images leaves none of class {left.argmin()}; lower --forget-ratio")
-    if len(forget) == 0 or len(retain) < args.batch_size:
-        fail(
-            f"D_f has {len(forget):,} images and D_r {len(retain):,}: D_f must not be empty, D_r not smaller than --batch-size {args.batch_size}"
-        )
+            fail(f"forgetting {len(forget):,} of {len(train):,} images leaves none of class {left.argmin()}; forget less of it")
+    if len(forget) == 0 or len(retain) == 0:
+        fail(f"D_f has {len(forget):,} images and D_r {len(retain):,}: neither may be empty")
     test = np.flatnonzero(is_test)
+    if not len(val[~gone[val]]) or not len(test[~gone[test]]):
+        fail(
+            f"{data['name']} leaves {len(val)} images for validation and {len(test)} for testing; give more images (ten of a class make one for validation)"
+        )
     parts = {"retain": retain, "forget": forget, "val": val[~gone[val]], "test": test[~gone[test]], "test_forgotten": test[gone[test]]}
     split = {name: np.sort(part).tolist() for name, part in parts.items()}
     split["hash"] = hashlib.sha256(json.dumps([split, data["digest"]]).encode()).hexdigest()[:16]
@@ -655,13 +662,13 @@ def reachable(split: dict, rho: float, split_seed: int) -> list[int]:
 
 
 def unseen_sets(split: dict, seen: list[int], sets=20) -> list[np.ndarray]:
-    """Positions within D_r of `sets` random sets of |D_f| images outside `seen`: the random protocol's control. Where
-    (almost) all of D_r was seen, sets of D_r.
+    """Positions within D_r of `sets` random sets of images outside `seen`, the random protocol's control: as many as D_f has, at
+    most half of those there are, else all sets were the same. Where (almost) all of D_r was seen, sets of D_r.
     """
     unseen = np.flatnonzero(~np.isin(split["retain"], seen))
     pool = unseen if len(unseen) >= 50 else np.arange(len(split["retain"]))
     rng = np.random.default_rng([int(split["hash"], 16) % 2**32, 4])
-    return [np.sort(rng.choice(pool, min(len(split["forget"]), len(pool)), replace=False)) for _ in range(sets)]
+    return [np.sort(rng.choice(pool, min(len(split["forget"]), len(pool) // 2), replace=False)) for _ in range(sets)]
 
 
 def shortened(split: dict) -> dict:
@@ -710,7 +717,7 @@ def describe(data: dict, split: dict) -> str:
     if "support" in split:
         of = f"{len(data['identities']):,} images of {len(np.unique(data['identities'])):,} identities ({len(split['train_ids']):,} for training)"
     else:
-        of = f"{len(data['targets']):,} images of {data['classes']} classes"
+        of = f"{len(data['targets']):,} images of {data['classes']} {'classes' if data['targets'].ndim == 1 else 'attributes'}"
         flipped = (data["targets"] != data["true_targets"]).float().mean()
         of += f", {100 * flipped:.0f} % of the labels flipped" * bool(flipped)
     return f"{data['name']}: {of}; {parts}; split {split['hash']}"

@@ -20,11 +20,12 @@ No official code exists. Where the paper is silent this is what we do:
     2. feature extractor F of Eq. (8): the original model's own features before its classifier
     3. I of Eq. (9): one-hot, or the attribute vector; of equally near images one at random
     4. S and D_Au are the same k images of D_f; z_1 and z_2 look for their neighbours; Q_1..Q_3 go through the model as one batch
-    5. MI models: trained on the original model's outputs, members from D_r_hat, non-members from D_v; see mi_models
-    6. batch norm: every pass normalises by its own batch; running statistics are moved by the query passes alone (D_r_hat),
-       so no trace of D_f gets into them; the temporary model has the same running statistics
+    5. MI models: trained on the original model's outputs as it is used (eval mode, no augmentation), members from D_r_hat,
+       non-members from D_v; Eq. (11) then asks them about outputs as they are while training; see mi_models
+    6. batch norm: every pass normalises by its own batch. Running statistics are moved by the query passes alone: by images of
+       D_r_hat, but at theta_tau, which S has a part in. So --no-remfeed never moves them, and --combine iterative half as often
     7. Eq. (5) is plain SGD: no momentum, no weight decay; beta falls to 0 along a cosine
-    8. the sums of Eq. (4) are sums: three query losses weigh three times as much as one
+    8. N = 3 query sets; the sums of Eq. (4) are sums: three query losses weigh three times as much as one
     9. "w/o MetaOpt": the same losses, all at theta; "iterative": g_f at odd, g_r at even iterations, without projection
 """
 
@@ -46,6 +47,7 @@ from common import (
     accuracy,
     add_shared_arguments,
     autocast,
+    check_file,
     check_ranges,
     check_writable,
     choose_device,
@@ -87,7 +89,7 @@ from train import RECIPE_RANGES, add_recipe_arguments, checkpoint_folder, train
 
 # What --dataset brings along; a flag on the command line wins. How these were found: README.
 _DATASETS = {
-    "digits": dict(alpha=0.3, beta=0.03, iterations=30, support_size=64),
+    "digits": dict(alpha=0.2, beta=0.01, iterations=60, support_size=64),
     "cifar10": dict(alpha=0.1, beta=0.1, iterations=160, support_size=256),
     "cifar100": dict(alpha=0.1, beta=0.1, iterations=160, support_size=256),
     "tinyimagenet": dict(alpha=0.03, beta=0.03, iterations=300, support_size=256),
@@ -138,7 +140,7 @@ def z_2(labels: Tensor, seen: Tensor, seen_labels: Tensor, rng: torch.Generator)
     labels (k, K) and seen_labels (n, K) are vectors of 0 and 1 (one-hot or attributes), so squared distances are whole numbers,
     and a random number below 1 decides between equals alone.
     """
-    distance = (labels[:, None] - seen_labels[None]).abs().sum(2)  # (k, n)
+    distance = labels.sum(1)[:, None] + seen_labels.sum(1) - 2 * labels @ seen_labels.T  # (k, n), ||a - b||^2 of zeros and ones
     return seen[(distance + torch.rand(distance.shape, generator=rng)).argmin(1)]
 
 
@@ -215,6 +217,7 @@ class MIModel(nn.Module):
 
 
 KINDS = ("posterior", "top3", "scalars", "logit")
+N = 3  # query sets, Eq. (3): one for each of z_1, z_2, z_3
 
 
 def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]]:
@@ -242,6 +245,8 @@ def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]
             seen_signals = signals(kind, x, y)  # (2n, inputs)
         attack = MIModel(kind, seen_signals.shape[1])
         attack.mean, attack.std = seen_signals.mean(0), seen_signals.std(0).clamp(min=1e-3)
+        if kind in ("posterior", "logit"):  # labels stay 0 and 1: a class that only D_f has would come out as 1 / 0.001
+            attack.mean[-data["classes"] :], attack.std[-data["classes"] :] = 0.0, 1.0
         optimizer = torch.optim.Adam(attack.parameters(), 1e-2, weight_decay=1e-4)
         for _ in range(2 if args.dry_run else args.mi_steps):
             batch = torch.from_numpy(rng.integers(0, 2 * n, 256))
@@ -252,13 +257,16 @@ def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]
 
         @torch.no_grad()
         def balanced(choose, attack=attack):
+            if min(len(choose(name)) for name in logits) == 0:
+                return None
             says = {name: attack(logits[name][choose(name)], targets[name][choose(name)]) > 0 for name in logits}
             return (says["in"].float().mean() + 1 - says["out"].float().mean()).item() / 2
 
         left_out = {name: np.setdiff1d(np.arange(len(x)), rows[name]) for name, x in logits.items()}
         report.append({"kind": kind, "own": balanced(rows.get), "left_out": balanced(left_out.get)})
         models.append(attack.to(device).requires_grad_(False).eval())
-    say("MI models, balanced accuracy (left out of training):", ", ".join(f"{r['kind']} {100 * r['left_out']:.0f} %" for r in report))
+    shown = ", ".join(f"{r['kind']} {100 * r['left_out']:.0f} %" for r in report if r["left_out"] is not None)
+    say("MI models, balanced accuracy (left out of training):", shown)
     return models, report
 
 
@@ -268,11 +276,11 @@ def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]
 
 def harmonize(g_r: list[Tensor], g_f: list[Tensor]) -> tuple[list[Tensor], float]:
     """g_f' of Eq. (12), over the whole gradient as one vector, and cos(g_r, g_f). Only g_f is projected, never g_r."""
-    dot = lambda a, b: sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
+    dot = lambda a, b: torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).cpu().double().sum()  # MPS has no float64
     r_f, r_r, f_f = dot(g_r, g_f), dot(g_r, g_r), dot(g_f, g_f)
     cosine = (r_f / (r_r * f_f).sqrt().clamp(min=1e-300)).item()
     if cosine < 0:
-        g_f = [f - (r_f / r_r).to(f.dtype) * r for f, r in zip(g_f, g_r, strict=True)]  # Eq. (12)
+        g_f = [f - (r_f / r_r).item() * r for f, r in zip(g_f, g_r, strict=True)]  # Eq. (12)
     return g_f, cosine
 
 
@@ -298,10 +306,9 @@ def iteration(student, theta, batch: dict, attacks, args) -> tuple[list[Tensor],
     seen = {}
     if remember:
         S = lambda theta: task_losses(forward(student, theta, batch["S"], args), batch["y_rand"]).mean()  # Eq. (6)
-        parts = args.queries  # the mean over the joined batch, times their number, is the sum of their means
 
-        def Q(theta):  # Eq. (7)
-            return parts * task_losses(forward(student, theta, batch["Q"], args, moves_statistics=True), batch["y_Q"]).mean()
+        def Q(theta):  # Eq. (7); N times the mean over the joined batch is the sum of the N sets' means
+            return N * task_losses(forward(student, theta, batch["Q"], args, moves_statistics=True), batch["y_Q"]).mean()
 
         g_r, seen["tune"], seen["test"] = meta_gradient(S, Q, theta, alpha, args.first_order)
     if forget:
@@ -335,73 +342,71 @@ def draw_batch(data, forget: Tensor, seen: Tensor, seen_labels, z_1, t: int, arg
     return batch
 
 
-def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu") -> tuple[nn.Module, list[dict]]:
-    """LTU on a copy of model, from D_f and D_r_hat (`seen`) alone; returns it and a log of losses and cosines.
+def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu") -> tuple[nn.Module, list[dict], float]:
+    """LTU on a copy of model, from D_f and D_r_hat (`seen`) alone; returns it, a log of losses and cosines, and the seconds it took.
 
     method "ft" is the bar beside it: the same query batches and steps, with the plain gradient of their losses.
-    partial: where to save progress for --resume. Raises SystemExit(2) at a step that is not finite; the model before that step
-    is then kept at partial.
+    partial: where to save progress for --resume. Raises SystemExit(2) at a step that diverges; the model before that step is
+    then kept at partial.
     """
     student = copy.deepcopy(model).train()
     theta = {k: p.detach() for k, p in student.named_parameters()}
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
     z_1, seen_labels = z_1_table(model, data, forget, seen, args), label_vectors(data, seen)
-    student.train()
     identity = {"split": split["hash"], "method": method, **{flag: getattr(args, flag) for flag in METHOD_FLAGS}}
-    first, log, clock = 0, [], time.time()
+    first, log, begin, clock = 0, [], time.time(), time.time()
     if partial and args.resume and partial.is_file():
         saved = load_checkpoint(partial, "partial unlearning", **identity)
         student.load_state_dict(saved["model"])
-        first, log = saved["iteration"] + 1, saved["log"]
+        first, log, begin = saved["iteration"] + 1, saved["log"], begin - saved["seconds"]
         say(f"{method}: resuming after iteration {first}")
     total = 2 if args.dry_run else args.iterations
 
     def keep(t):
         if partial and rank_and_world()[0] == 0:
-            save_checkpoint(partial, kind="partial unlearning", model=student.state_dict(), iteration=t, log=log, **identity)
+            progress = dict(model=student.state_dict(), iteration=t, log=log, seconds=time.time() - begin)
+            save_checkpoint(partial, kind="partial unlearning", **progress, **identity)
 
     for t in range(first, total):
         batch = draw_batch(data, forget, seen, seen_labels, z_1, t, args)
-        before = {k: b.clone() for k, b in student.named_buffers()}
+        before = {k: x.clone() for k, x in student.state_dict().items()}
         if method == "ft":
             leaf = {k: p.detach().requires_grad_() for k, p in theta.items()}
-            L = args.queries * task_losses(forward(student, leaf, batch["Q"], args, moves_statistics=True), batch["y_Q"]).mean()
+            L = N * task_losses(forward(student, leaf, batch["Q"], args, moves_statistics=True), batch["y_Q"]).mean()
             G, told = torch.autograd.grad(L, list(leaf.values())), {"test": L.item()}
         else:
             G, told = iteration(student, theta, batch, attacks, args)
         beta = args.beta * 0.5 * (1 + math.cos(math.pi * t / total))
-        if not all(torch.isfinite(g).all() for g in G):
-            for name, buffer in student.named_buffers():
-                buffer.copy_(before[name])
-            keep(t - 1)
-            fail(
-                f"{method}: the gradient of iteration {t + 1} is not finite; lower --beta ({args.beta}) or --alpha ({args.alpha}). "
-                + f"The last good model is kept at {partial}" * bool(partial)
-            )
         with torch.no_grad():
             for p, g in zip(theta.values(), G, strict=True):
                 p -= beta * g  # Eq. (5), with the harmonised gradient; theta shares its memory with student
+        loss = max(abs(value) for value in told.values())
+        if not loss < 1e4 or not all(torch.isfinite(x).all() for x in student.state_dict().values()):
+            student.load_state_dict(before)
+            keep(t - 1)
+            where = f"; the last good model is kept at {partial}" * bool(partial)
+            fail(f"{method}: iteration {t + 1} diverged (loss {loss:g}); lower --beta ({args.beta}) or --alpha ({args.alpha}){where}")
         log.append(told)
         if (t + 1) % max(1, total // 5) == 0 or time.time() - clock > 60:
             clock = time.time()
             say(f"{method} iteration {t + 1}/{total}: " + ", ".join(f"{name} {value:.3f}" for name, value in told.items()))
             keep(t)
-    if partial:
-        partial.unlink(missing_ok=True)
-    return student.eval(), log
+    return student.eval(), log, time.time() - begin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing hyper-parameters, and what was forgotten
 
 
-def validation_gap(unlearned, model, data, split, seen, args) -> dict:
+def validation_gap(unlearned, model, data, split, seen, args) -> dict | None:
     """How far from the goal, judged without the gold model and the test set: the rule by which flags were chosen. Ours.
 
     The goal is the original model, but with D_f looking like the validation images, which it never saw: their error for UA, its
     accuracy on D_r_hat for RA and on D_v for TA, and for MI the share of D_v that the attack (members D_r_hat) takes for
-    non-members. Returns the four gaps and their mean, in [0, 1].
+    non-members. Returns the four gaps and their mean, in [0, 1]; None for a whole class, which D_v has no image of.
     """
+    if args.forget in ("class", "subclass"):
+        return None
 
     def figures(m, forget):
         logits = {name: predict(m, lambda i: raw_batch(data, i), part, data["device"], args.amp) for name, part in parts.items()}
@@ -465,7 +470,6 @@ def parse_args(argv=None):
     add_recipe_arguments(parser)
     parser.set_defaults(dataset="digits")
     add = parser.add_argument
-    on_off = {"default": True, "dest": None}
     add("--rho", type=float, default=0.3, help="|D_r_hat| / |D_r|, share of the retain set at hand; paper: 0.3, 0.1")
     add("--alpha", type=float, default=0.1, help="meta-tune step, Eq. (2); paper: not stated")
     add("--beta", type=float, default=0.03, help="meta-update step, Eq. (5), falling to 0 along a cosine; paper: not stated")
@@ -479,13 +483,12 @@ def parse_args(argv=None):
         ("remfeed", "no remembering feedback"),
         ("metaopt", "all losses at theta"),
     ):
-        add(f"--no-{name}", action="store_false", **on_off | {"dest": name}, help=f"{meaning}; paper: Table 3")
+        add(f"--no-{name}", action="store_false", dest=name, help=f"{meaning}; paper: Table 3")
     add("--first-order", action="store_true", help="leave the Hessian out of Eq. (5), to compare; paper: second order")
     add("--save", metavar="FILE", help="write the unlearned model there too")
     add("--plot", action="store_true", help="write a figure beside the result file")
     args = parse_with_presets(parser, PRESETS, argv)
     check_ranges(args, RANGES)
-    args.queries = 3  # N of Eq. (3): one set for each of z_1, z_2, z_3
     if not 0 < args.rho <= 1:
         fail(f"--rho is {args.rho}; it must lie above 0 and up to 1")
     if args.mi_models < 2:
@@ -496,6 +499,11 @@ def parse_args(argv=None):
         fail(f"--combine {args.combine} combines both feedbacks; drop --no-forfeed or --no-remfeed")
     changed = [flag for flag in METHOD_FLAGS if getattr(args, flag) != parser.get_default(flag)]
     args.method = "ltu" + "".join(f"-{flag.replace('_', '')}={getattr(args, flag)}" for flag in changed)
+    ablated = [
+        f"w/o {name}" for flag, name in (("forfeed", "ForFeed"), ("remfeed", "RemFeed"), ("metaopt", "MetaOpt")) if not getattr(args, flag)
+    ]
+    ablated += [args.combine] * (args.combine != "project") + ["1st order"] * args.first_order
+    args.label = " ".join(["LTU", *ablated])  # the row's name, as in Tables 3 and 4
     return args
 
 
@@ -504,28 +512,32 @@ def main(argv=None):
     device = choose_device(args)
     if rank_and_world()[1] > 1:
         fail("ltu.py runs as one process; train.py may be started by torchrun before it")
-    check_writable(*filter(None, [args.checkpoint_dir, args.out, args.save and pathlib.Path(args.save).parent]))
+    check_writable(args.checkpoint_dir, args.out)
+    check_file(args.save)
     seconds, clock = {}, time.time()
     data = load(args, device)
     split = make_split(data, args)
     seen = reachable(split, args.rho, args.split_seed)
-    if len(seen) < 2:
-        fail(f"--rho {args.rho} leaves {len(seen)} of {len(split['retain'])} images of D_r; give a larger one")
+    if len(seen) < 10:
+        fail(f"--rho {args.rho} leaves {len(seen)} of {len(split['retain'])} images of D_r; ten are the least, give a larger one")
     say(describe(data, split), f"\nD_r_hat: {len(seen):,} images (rho {args.rho:g})")
     seconds["load"] = time.time() - clock
     model, spent = train("original", data, split, args)
     gold, spent_gold = train("gold", data, split, args)
-    seconds["train"] = spent + spent_gold
+    seconds |= {"train": spent + spent_gold, "retrain": spent_gold}
 
     path = checkpoint_folder(args) / f"{args.method}-seed{args.seed}.pt"
     clock = time.time()
     attacks, attack_report = mi_models(model, data, split, seen, args)
-    seconds["mi_models"], clock = time.time() - clock, time.time()
-    unlearned, log = unlearn(model, data, split, seen, attacks, args, path.with_suffix(".partial.pt"))
-    seconds["unlearn"], clock = time.time() - clock, time.time()
-    finetuned, _ = unlearn(model, data, split, seen, attacks, args, method="ft")
-    seconds["ft"], clock = time.time() - clock, time.time()
+    partial = path.with_suffix(".partial.pt")
+    seconds["mi_models"] = time.time() - clock
+    unlearned, log, seconds["unlearn"] = unlearn(model, data, split, seen, attacks, args, partial)
+    for target in filter(None, [path, args.save]):
+        save_checkpoint(target, kind="model", which="unlearned", model=unlearned.state_dict(), architecture=args.model, split=split["hash"])
+    partial.unlink(missing_ok=True)
+    finetuned, _, seconds["ft"] = unlearn(model, data, split, seen, attacks, args, method="ft")
 
+    clock = time.time()
     gap = validation_gap(unlearned, model, data, split, seen, args)
     controls = control_sets(data, split) if args.forget == "identities" else unseen_sets(split, seen)
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
@@ -535,17 +547,19 @@ def main(argv=None):
     }
     wrong = wrong_by_label(rows, data, split, seen) if args.label_noise else None
     seconds["evaluate"] = time.time() - clock
-    result = report(rows, wrong, log, attack_report, gap, seconds, data, split, seen, args, device)
-    for target in filter(None, [path, args.save]):
-        save_checkpoint(target, kind="model", which="unlearned", model=unlearned.state_dict(), architecture=args.model, split=split["hash"])
-    return result
+    return report(rows, wrong, log, attack_report, gap, seconds, data, split, seen, args, device)
 
 
 def report(rows, wrong, log, attack_report, gap, seconds, data, split, seen, args, device) -> dict:
     """Print the paper's row, write the result file and, with --plot, the figure; returns the result as written."""
     figures, table = {name: paper_figures(row) for name, row in rows.items()}, compare(rows)
-    unlearn_seconds = {"unlearned": seconds["mi_models"] + seconds["unlearn"], "ft": seconds["ft"], "retrained": seconds["train"] / 2}
-    names = {"original": "Trained", "retrained": "Retrain (gold)", "ft": "FT, same batches", "unlearned": "LTU" + " (dry)" * args.dry_run}
+    unlearn_seconds = {"unlearned": seconds["mi_models"] + seconds["unlearn"], "ft": seconds["ft"], "retrained": seconds["retrain"]}
+    names = {
+        "original": "Trained",
+        "retrained": "Retrain (gold)",
+        "ft": "FT, same batches",
+        "unlearned": args.label + " (dry)" * args.dry_run,
+    }
     print_gaps(figures, table, unlearn_seconds, names)
     if wrong:
         print_wrong(wrong, names)
@@ -553,7 +567,10 @@ def report(rows, wrong, log, attack_report, gap, seconds, data, split, seen, arg
     if cosines:
         conflict = np.mean(np.array(cosines) < 0)
         say(f"gradients conflicted in {100 * conflict:.0f} % of {len(cosines)} iterations (mean cosine {np.mean(cosines):+.2f})")
-    say(f"validation gap {100 * gap['mean']:.2f}: the mean distance from the goal as D_v and D_r_hat show it, by which flags are chosen")
+    if gap:
+        say(
+            f"validation gap {100 * gap['mean']:.2f}: the mean distance from the goal as D_v and D_r_hat show it, by which flags are chosen"
+        )
     mean_gap = lambda name: float(np.mean([abs(figures[name][k] - figures["retrained"][k]) for k in figures[name]]))
     result = {
         "method": args.method,

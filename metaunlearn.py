@@ -51,6 +51,7 @@ from common import (
     atomic_write,
     autocast,
     build_model,
+    check_file,
     check_ranges,
     check_writable,
     choose_device,
@@ -701,7 +702,8 @@ def read_support(folder, saved: dict, device):
 def unlearn_from_files(args, device):
     """--meta-loss FILE --support DIR: no data set, no split, no original training code path."""
     saved = load_checkpoint(args.meta_loss, "meta-loss")
-    check_writable(pathlib.Path(args.save).parent if args.save else pathlib.Path(args.meta_loss).parent)
+    check_file(args.save)
+    check_writable(pathlib.Path(args.meta_loss).parent)
     model = build_model(saved["model"], len(saved["target_names"]), saved["image_size"]).to(device).eval()
     model.load_state_dict(saved["theta"])
     shape = (len(saved["target_names"]), model.width, len(saved["train_ids"]))
@@ -860,8 +862,8 @@ def main(argv=None):
     start_processes(device)
     if args.support:
         return unlearn_from_files(args, device)
-    folders = [args.checkpoint_dir, args.out, args.export_support, args.save and pathlib.Path(args.save).parent]
-    check_writable(*filter(None, folders))
+    check_writable(*filter(None, [args.checkpoint_dir, args.out, args.export_support]))
+    check_file(args.save)
     seconds, clock = {}, time.time()
     data = load(args, device)
     split = make_split(data, args)

@@ -117,7 +117,7 @@ def learning_rate(step: int, steps_per_epoch: int, args) -> float:
 
 
 def train(which: str, data: dict, split: dict, args, ledger=False):
-    """Return (model, seconds of training) of `which`, "original" (on D_tr) or "gold" (on D_r): loaded, else trained.
+    """Return (model, seconds its training took, now or when it was made) of `which`, "original" (on D_tr) or "gold" (on D_r): loaded, else trained.
 
     Resumes from the last finished epoch with --resume. Under torchrun each process takes its share of every batch, and
     the result is that of one process but for rounding and batch-norm statistics. Raises SystemExit(2) for a checkpoint of another split or
@@ -138,10 +138,12 @@ def train(which: str, data: dict, split: dict, args, ledger=False):
         say(f"{which}: loaded {path} (validation {100 * saved['best']:.1f})")
         model.load_state_dict(saved["model"])
         model.ledger = saved.get("ledger")
-        return model.eval(), 0.0
+        return model.eval(), saved["seconds"]
 
     chosen = split["retain"] + split["forget"] if which == "original" else split["retain"]
     chosen = torch.tensor(sorted(chosen))
+    if len(chosen) < args.batch_size and not args.dry_run:
+        fail(f"{which}: {len(chosen)} training images are fewer than a batch; lower --batch-size ({args.batch_size}) or forget less")
     val_targets = data["targets"][split["val"]]
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)

@@ -169,7 +169,7 @@ MUTANTS = {
     "sign of the Hessian": ("g + w - alpha * h", "g + w + alpha * h"),
     "alpha forgotten before the Hessian": ("g + w - alpha * h", "g + w - h"),
     "tune loss left out of the update": ("[(g + w - alpha * h)", "[(w - alpha * h)"),
-    "query losses averaged instead of summed": ("return parts * task_losses", "return task_losses"),
+    "query losses averaged instead of summed": ("return N * task_losses", "return task_losses"),
     "queries at theta": ("L_test = test_loss(theta_tau)", "theta_tau = leaf; L_test = test_loss(leaf)"),
     "true labels in the support set": ('batch["y_rand"]).mean()  # Eq. (6)', 'batch["y"]).mean()  # Eq. (6)'),
     "same MI model twice": ("audit(i), audit(j)", "audit(i), audit(i)"),
@@ -421,10 +421,15 @@ def test_membership_metric_is_plain_scikit_learn():
     retain[:100] = 1.0  # saturated confidences: many equal points
     test[:40] = 1.0
     retain, test, forget = (x.astype(np.float32) for x in (retain, test, forget))
-    x, y = np.concatenate([retain[:300], test])[:, None], np.repeat([1, 0], 300)
+    y = np.repeat([1, 0], 300)
+    kept = np.arange(300) * 400 // 300
+    x = np.concatenate([retain[kept], test])[:, None]  # as many members as non-members
     expected = 1 - SVC(C=3, gamma="auto", kernel="rbf").fit(x, y).predict(forget[:, None]).mean()
     got = common.membership_inference(*(torch.from_numpy(a) for a in (retain, test, forget)))
     assert got == pytest.approx(expected) and 0.1 < expected < 0.9
+    few = common.membership_inference(*(torch.from_numpy(a) for a in (retain[:50], test, forget)))
+    x, y = np.concatenate([retain[:50], test[np.arange(50) * 300 // 50]])[:, None], np.repeat([1, 0], 50)
+    assert few == pytest.approx(1 - SVC(C=3, gamma="auto", kernel="rbf").fit(x, y).predict(forget[:, None]).mean())
 
 
 def test_membership_metric_knows_its_extremes_and_order():
@@ -550,6 +555,9 @@ def test_rho_limits_what_is_at_hand(run):
     assert D.reachable(split, 0.3, 1) != sets[0.3]
     positions = D.unseen_sets(split, sets[0.3])
     unseen = {split["retain"][i] for part in positions for i in part}
+    unseen_all = set(split["retain"]) - set(sets[0.3])
+    half = D.unseen_sets(dict(split, forget=range(10**6)), sets[0.3])  # more to forget than was left unseen
+    assert len({tuple(part) for part in half}) == 20 and {len(part) for part in half} == {len(unseen_all) // 2}
     assert len(positions) == 20 and {len(part) for part in positions} == {len(split["forget"])} and not unseen & set(sets[0.3])
 
 
@@ -588,28 +596,34 @@ def test_the_same_command_gives_the_same_numbers(run):
     assert all(torch.equal(t, before[k]) for k, t in torch.load(path, weights_only=True)["model"].items())
 
 
-ABLATIONS = {
-    "--no-forfeed": (lambda log: all("mi_tune" not in e and "tune" in e for e in log), "forfeed=False"),
-    "--no-remfeed": (lambda log: all("mi_tune" in e and "tune" not in e for e in log), "remfeed=False"),
-    "--no-metaopt": (lambda log: all("cosine" in e for e in log), "metaopt=False"),
-    "--first-order": (lambda log: all("cosine" in e for e in log), "firstorder=True"),
-    "--combine add": (lambda log: all("cosine" in e for e in log), "combine=add"),
-    "--combine iterative": (lambda log: ["mi_tune" in e for e in log] == [t % 2 == 0 for t in range(12)], "combine=iterative"),
+ABLATIONS = {  # what the log then holds, the result's name, and what the first iteration still shares with the full method
+    "--no-forfeed": (lambda log: all("mi_tune" not in e and "tune" in e for e in log), "forfeed=False", {"tune", "test"}),
+    "--no-remfeed": (lambda log: all("mi_tune" in e and "tune" not in e for e in log), "remfeed=False", {"mi_tune", "mi_test"}),
+    "--no-metaopt": (lambda log: all("cosine" in e for e in log), "metaopt=False", {"tune", "mi_tune"}),
+    "--first-order": (lambda log: all("cosine" in e for e in log), "firstorder=True", {"tune", "test", "mi_tune", "mi_test"}),
+    "--combine add": (lambda log: all("cosine" in e for e in log), "combine=add", {"tune", "test", "mi_tune", "mi_test", "cosine"}),
+    "--combine iterative": (
+        lambda log: ["mi_tune" in e for e in log] == [t % 2 == 0 for t in range(12)] == ["tune" not in e for e in log],
+        "combine=iterative",
+        {"mi_tune", "mi_test"},
+    ),
 }
 
 
 @pytest.mark.parametrize("flag", ABLATIONS)
-def test_each_ablation_changes_what_it_says(run, flag):
-    """Same models, same split, same first batch; another result, in a file of its own."""
+def test_each_ablation_changes_what_it_says(run, flag, capsys):
+    """Same models, same split, same first batch; another result, in a file and a row of its own."""
     result = again(run, *flag.split())
-    holds, name = ABLATIONS[flag]
+    holds, name, shared = ABLATIONS[flag]
     assert holds(result["log"]) and result["method"] == f"ltu-iterations=12-{name}"
     assert result["split_hash"] == run.result["split_hash"]
     for row in ("original", "retrained", "ft"):
         assert result["metrics"][row] == run.result["metrics"][row]
     assert result["metrics"]["unlearned"] != run.result["metrics"]["unlearned"]
-    common_keys = set(result["log"][0]) & set(run.result["log"][0]) - {"cosine", "test", "mi_test"}
-    assert all(result["log"][0][key] == pytest.approx(run.result["log"][0][key], rel=1e-6) for key in common_keys)
+    first, full = result["log"][0], run.result["log"][0]
+    assert all(first[key] == pytest.approx(full[key], rel=1e-6) for key in shared)
+    assert all(first[key] != pytest.approx(full[key], rel=1e-3) for key in set(first) - shared)
+    assert any(line.startswith("LTU ") and line.split()[1].strip("0123456789.") for line in capsys.readouterr().out.splitlines())
 
 
 def test_add_and_project_differ_only_where_gradients_conflict():
@@ -646,11 +660,13 @@ def test_resume_equals_uninterrupted(run, monkeypatch):
 
 
 def test_a_diverged_step_stops_and_keeps_the_last_good_model(run, monkeypatch, capsys):
-    real, calls = L.iteration, []
+    real, calls, states = L.iteration, [], []
 
-    def poison(*args):
-        gradient, told = real(*args)
+    def poison(student, *args):
+        gradient, told = real(student, *args)
         calls.append(1)
+        if len(calls) == 3:
+            states.append({k: t.clone() for k, t in student.state_dict().items()})
         return ([g * float("nan") for g in gradient] if len(calls) == 4 else gradient), told
 
     monkeypatch.setattr(L, "iteration", poison)
@@ -661,7 +677,42 @@ def test_a_diverged_step_stops_and_keeps_the_last_good_model(run, monkeypatch, c
     (path,) = (run.folder / "c").rglob("ltu-beta=0.02-iterations=12-seed0.partial.pt")
     saved = torch.load(path, weights_only=True)
     assert saved["iteration"] == 2 and all(torch.isfinite(t.float()).all() for t in saved["model"].values())
+    assert torch.equal(
+        saved["model"]["net.bn1.running_mean"], states[0]["net.bn1.running_mean"]
+    )  # the third query pass's, not the fourth's
+    assert not torch.equal(saved["model"]["net.bn1.weight"], states[0]["net.bn1.weight"])  # after the third update
     assert not list((run.folder / "o").rglob("ltu-beta*"))
+
+
+def test_a_step_that_explodes_is_caught_at_once(run, capsys):
+    """A finite gradient, an update far too large: stopped by the weights, or by the next losses."""
+    with pytest.raises(SystemExit) as stop:
+        again(run, "--beta", "1000", "--iterations", "3")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.splitlines()) == 1 and "diverged" in message and "--beta" in message
+
+
+def test_class_forgetting_run(digits, tmp_path):
+    """The class is gone from D_r, D_v and D_te; the gold model does not know its test images, and neither should LTU."""
+    extra = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0", "--epochs", "12", "--iterations", "8"]
+    result = L.main(["--device", "cpu", *flags_of(tmp_path), *extra])
+    assert result["setting"] == "class3-split0" and result["validation_gap"] is None
+    gold, original = (result["metrics"][row]["test_forgotten"]["score"] for row in ("retrained", "original"))
+    assert gold == 0 and original > 0.9
+    assert result["metrics"]["unlearned"]["test_forgotten"]["score"] < original
+    assert result["figures"]["retrained"]["ua"] == 1
+
+
+def test_mi_models_are_not_thrown_by_a_class_they_never_saw(digits):
+    """Labels go in as 0 and 1: standardised, a class that only D_f has would weigh a thousand times as much."""
+    kept = np.flatnonzero(digits.data["targets"].numpy() != 3)
+    split = {"val": kept[:100].tolist()}
+    torch.manual_seed(0)
+    model = common.build_model("toy_resnet", 10, 8).eval()
+    attacks, _ = L.mi_models(model, digits.data, split, kept[100:300].tolist(), digits.args)
+    logits = torch.zeros(4, 10)
+    for attack in attacks:
+        assert (attack(logits, torch.full((4,), 3)) - attack(logits, torch.full((4,), 4))).abs().max() < 20
 
 
 def test_attributes_and_identities_too(flags, tmp_path):
@@ -679,34 +730,41 @@ def test_dry_run_takes_every_phase_and_is_kept_apart(tmp_path):
     assert result["setting"].endswith("-dry") and len(result["log"]) == 2
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ("--rho", "0"),
-        ("--rho", "1.5"),
-        ("--rho", "nan"),
-        ("--mi-models", "1"),
-        ("--alpha", "0"),
-        ("--beta", "-1"),
-        ("--forget-ratio", "1"),
-        ("--forget-ratio", "0.99"),
-        ("--forget", "class", "--forget-classes", "10"),
-        ("--forget", "class", "--forget-classes", *map(str, range(10))),
-        ("--forget", "subclass"),
-        ("--forget", "identities"),
-        ("--no-forfeed", "--no-remfeed"),
-        ("--no-forfeed", "--combine", "add"),
-        ("--train-images", "60"),
-        ("--label-noise", "0.95"),
-        ("--rho", "0.0001"),
-    ],
-    ids=" ".join,
-)
+BAD = {
+    "--rho 0": "--rho",
+    "--rho 1.5": "--rho",
+    "--rho nan": "--rho",
+    "--rho 0.0001": "--rho 0.0001 leaves",
+    "--mi-models 1": "two are needed",
+    "--alpha 0": "--alpha is 0",
+    "--beta -1": "--beta is -1",
+    "--forget-ratio 1": "--forget-ratio",
+    "--forget-ratio 0.99": "leaves none of class",
+    "--forget-ratio 0.8 --batch-size 512": "fewer than a batch",
+    "--forget class": "needs --forget-classes",
+    "--forget class --forget-classes 10 --label-noise 0": "absent: [10]",
+    "--forget class --forget-classes 0 1 2 3 4 5 6 7 8 9 --label-noise 0": "one must stay",
+    "--forget class --forget-classes 1": "--label-noise 0",
+    "--forget subclass --forget-classes 1 --label-noise 0": "super-classes",
+    "--forget-classes 3": "--forget random",
+    "--ids 3": "--forget identities",
+    "--forget identities": "no identities",
+    "--no-forfeed --no-remfeed": "nothing to do",
+    "--no-forfeed --combine add": "--combine add",
+    "--train-images 60": "fewer than a batch",
+    "--train-images 8": "has no training image",
+    "--label-noise 0.95": "--label-noise",
+    "--save .": "is a folder",
+    "--init pretrained": "no pretrained weights",
+}
+
+
+@pytest.mark.parametrize("extra", BAD)
 def test_bad_input_gets_one_line(digits, extra, capsys):
     with pytest.raises(SystemExit) as stop:
-        L.main(["--device", "cpu", *flags_of(digits.folder), *extra])
+        L.main(["--device", "cpu", *flags_of(digits.folder), *extra.split()])
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message.splitlines()) == 1 and message.startswith("error: "), message
+    assert stop.value.code == 2 and len(message.splitlines()) == 1 and message.startswith("error: ") and BAD[extra] in message, message
     assert not (digits.folder / "o").exists() or not list((digits.folder / "o").rglob("*.json"))
 
 

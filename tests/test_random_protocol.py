@@ -182,7 +182,7 @@ def test_cifar100_has_two_label_sets(tmp_path, monkeypatch):
     images, is_test = np.zeros((300, 32, 32, 3), np.uint8), np.arange(300) % 3 == 0
     monkeypatch.setattr(D, "_from_torchvision", lambda *args: (images, label, names, is_test))
     fine, _ = loaded(tmp_path, "cifar100")
-    assert fine["classes"] == 100 and fine["group_names"][fine["groups"][0]] == "apple"
+    assert fine["classes"] == 100 and fine["target_names"][fine["groups"][0]] == "apple"
     coarse, _ = loaded(tmp_path, "cifar100", "--forget", "subclass", "--forget-classes", "0")
     assert coarse["classes"] == 20 and coarse["target_names"][coarse["targets"][0]] == "fruit_and_vegetables"
     assert np.array_equal(coarse["groups"], label)
@@ -312,3 +312,39 @@ def test_gold_never_sees_the_forget_set(tmp_path, monkeypatch):
     read.clear()
     T.train("original", data, s, args)
     assert set(np.concatenate(read).tolist()) == set(s["retain"]) | set(s["forget"]) | set(s["val"])
+
+
+def test_data_py_prints_a_random_split(tmp_path, capsys):
+    D.main(["--dataset", "digits", "--data-dir", str(tmp_path)])
+    assert "1,797 images of 10 classes, 10 % of the labels flipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "table, word",
+    [
+        ({"targets": np.arange(60) % 3 + 1}, "numbered from 0"),
+        ({"targets": np.arange(60) // 5, "is_test": np.arange(60) % 5 == 0}, "for validation"),
+        ({"targets": np.arange(60) % 3, "is_test": np.zeros(60, bool)}, "for testing"),
+        ({"targets": np.zeros(60, int), "noise": True}, "two classes"),
+    ],
+    ids=("classes from 1", "no validation", "no test", "one class"),
+)
+def test_own_arrays_that_cannot_be_split(tmp_path, capsys, table, word):
+    noise = ["--label-noise", "0.1"] * table.pop("noise", False)
+    np.save(tmp_path / "own.npy", np.zeros((60, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "own.npz", **table)
+    with pytest.raises(SystemExit) as stop:
+        D.main(["--dataset", str(tmp_path / "own"), "--forget", "random", *noise])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and word in message and len(message.splitlines()) == 1
+
+
+def test_weight_files_for_our_own_nets(tmp_path, capsys):
+    """All but a classifier of another size is loaded; another model's weights are refused."""
+    net = common.build_model("toy_resnet", 7, 8, seed=0).net
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    again = common.build_model("toy_resnet", 10, 8, init=str(tmp_path / "w.pt"), seed=1).net
+    assert torch.equal(again.conv1.weight, net.conv1.weight) and again.fc.weight.shape == (10, 64)
+    with pytest.raises(SystemExit):
+        common.build_model("resnet18", 10, 32, init=str(tmp_path / "w.pt"))
+    assert "cannot be built" in capsys.readouterr().err
