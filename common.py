@@ -383,6 +383,8 @@ def membership_inference(retain: Tensor, test: Tensor, forget: Tensor) -> float:
     from sklearn.svm import SVC
 
     retain, test, forget = (t.float().double().numpy() for t in (retain, test, forget))  # SalUn's confidences are float32
+    if not all(np.isfinite(part).all() for part in (retain, test, forget)):
+        fail("the model's outputs are no longer finite: unlearning diverged; lower its step size")
     n = min(len(retain), len(test))
     points = [np.unique(part[np.arange(n) * len(part) // n], return_counts=True) for part in (retain, test)]
     x = np.concatenate([values for values, _ in points])[:, None]
