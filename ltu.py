@@ -593,7 +593,7 @@ def report(rows, wrong, log, attack_report, gap, seconds, data, split, seen, arg
         "validation_gap": gap,
         "wrong_by_label": wrong,
         "conflicts": {"share": float(np.mean(np.array(cosines) < 0)), "mean_cosine": float(np.mean(cosines))} if cosines else None,
-        "log": log,
+        "log": [{name: float(f"{value:.4g}") for name, value in entry.items()} for entry in log],
         "mi_models": attack_report,
         "seconds": seconds,
         **provenance(device),
