@@ -384,7 +384,7 @@ def reversed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def core_spaces(model, data, indices, args) -> dict:
-    """{layer: U (patch, k)}: leading eigenvectors of the float64 Gram matrix of each layer's input patches over the images at indices."""
+    """{layer: U (patch, k)}: leading eigenvectors of the Gram matrix of each layer's input patches over the images at indices, summed in float64."""
     gram, hooks = {}, []
 
     def collect(name, module):
@@ -392,8 +392,8 @@ def core_spaces(model, data, indices, args) -> dict:
             x = inputs[0]
             if isinstance(module, nn.Conv2d):
                 x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)  # (B, places, patch)
-            x = x.reshape(-1, x.shape[-1]).double()
-            gram[name] = gram.get(name, 0) + x.T @ x
+            x = x.reshape(-1, x.shape[-1])
+            gram[name] = gram.get(name, 0) + (x.T @ x).double()
 
         return hook
 
