@@ -18,6 +18,7 @@ Symbols: theta model, D_f forget set (or Support S), D_r retain set (its share r
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import pathlib
 import time
@@ -44,6 +45,7 @@ from common import (
     measure,
     paper_figures,
     parse_with_presets,
+    plot,
     predict,
     print_gaps,
     print_table,
@@ -89,7 +91,65 @@ ACCESS = {
     "pgu": ("forget", "statistics"),
     "jit": ("forget",),
 }
-FORGET_IS_SUPPORT = ("ga", "ssd", "pgu", "jit")  # in the identity protocol, as METAUNLEARN's Table 1 has them
+FORGET_IS_SUPPORT = ("ga", "ssd", "pgu", "jit")  # in the identity protocol, as METAUNLEARN's Table 1 has SSD, PGU and JiT
+
+# Presets of each method; (method, dataset) or (method, "identities") stands over (method), a flag on the command line over all.
+# Found by --search, in README; METAUNLEARN's values for faces are its authors' code's.
+PRESETS = {
+    "ft": dict(unlearn_lr=0.01, unlearn_epochs=10),
+    "randl": dict(unlearn_lr=0.003, unlearn_epochs=5),
+    "ga": dict(unlearn_lr=0.03, unlearn_epochs=5),
+    "amnesiac": dict(unlearn_optimizer="adam", unlearn_lr=3e-4, unlearn_epochs=3),
+    "fisher": dict(fisher_alpha=1e-6),
+    "ssd": dict(ssd_alpha=2.0, ssd_lambda=1.0),
+    "badt": dict(unlearn_optimizer="adam", unlearn_lr=1e-3, unlearn_epochs=1, temperature=1.0),
+    "salun": dict(unlearn_lr=0.003, unlearn_epochs=5, mask_share=0.5),
+    "scrub": dict(unlearn_lr=0.003, unlearn_epochs=5, ascent_epochs=2, temperature=4.0),
+    "pgu": dict(unlearn_lr=0.2, unlearn_epochs=10, pgu_gamma=0.9),
+    "jit": dict(unlearn_lr=0.03, unlearn_epochs=1, jit_sigma=0.5),
+    ("ga", "identities"): dict(unlearn_lr=0.2, unlearn_epochs=1),  # one step: the bar that METAUNLEARN has to clear
+    ("ft", "cifar10"): dict(unlearn_lr=0.01, unlearn_batch_size=256),
+    ("randl", "cifar10"): dict(unlearn_lr=0.01, unlearn_epochs=10, unlearn_batch_size=256),
+    ("salun", "cifar10"): dict(unlearn_lr=0.013, unlearn_epochs=10, unlearn_batch_size=256),
+    ("fisher", "cifar10"): dict(fisher_alpha=1e-9),
+    ("scrub", "cifar10"): dict(unlearn_lr=5e-4, unlearn_epochs=3, unlearn_batch_size=256),
+}
+for _faces in ("celeba", "celebahq"):
+    PRESETS[("ssd", _faces)] = dict(ssd_alpha=50.0, ssd_lambda=2.0 if _faces == "celeba" else 0.1, unlearn_batch_size=128)
+    PRESETS[("pgu", _faces)] = dict(unlearn_lr=0.1, unlearn_epochs=5, unlearn_batch_size=128)
+    PRESETS[("jit", _faces)] = dict(unlearn_lr=0.01, jit_sigma=30.0, unlearn_batch_size=128)
+    PRESETS[("scrub", _faces)] = dict(
+        unlearn_lr=5e-3 if _faces == "celeba" else 1e-2, unlearn_epochs=10, ascent_epochs=5, unlearn_batch_size=32
+    )
+    PRESETS[("badt", _faces)] = dict(unlearn_optimizer="sgd", unlearn_lr=1e-4, unlearn_epochs=5, unlearn_batch_size=32)
+GRIDS = {  # what --search tries
+    "ft": dict(unlearn_lr=(0.003, 0.01, 0.03, 0.1)),
+    "randl": dict(unlearn_lr=(0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "ga": dict(unlearn_lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),
+    "amnesiac": dict(unlearn_lr=(1e-4, 3e-4, 1e-3, 3e-3)),
+    "fisher": dict(fisher_alpha=(1e-9, 1e-8, 1e-7, 1e-6, 1e-5)),
+    "ssd": dict(ssd_alpha=(1.0, 1.5, 2.0, 3.0, 5.0, 10.0), ssd_lambda=(0.1, 0.5, 1.0)),
+    "badt": dict(unlearn_lr=(1e-5, 1e-4, 3e-4, 1e-3)),
+    "salun": dict(unlearn_lr=(0.001, 0.003, 0.01), mask_share=(0.2, 0.5)),
+    "scrub": dict(unlearn_lr=(0.001, 0.003, 0.01), ascent_epochs=(1, 2)),
+    "pgu": dict(unlearn_lr=(0.01, 0.05, 0.2, 1.0), pgu_gamma=(0.9, 0.95)),
+    "jit": dict(unlearn_lr=(0.003, 0.03, 0.3), jit_sigma=(0.1, 0.5, 2.0)),
+}
+_STEP = ("unlearn_lr", "unlearn_epochs", "unlearn_batch_size")
+_LOOP = (*_STEP, "unlearn_optimizer", "unlearn_decay")
+USES = {  # the flags that each method looks at; in its file's name where they differ from its preset
+    "ft": _LOOP,
+    "randl": _LOOP,
+    "ga": _STEP,
+    "amnesiac": (*_LOOP, "ledger"),
+    "fisher": ("unlearn_batch_size", "fisher_alpha", "fisher_cap"),
+    "ssd": ("unlearn_batch_size", "ssd_alpha", "ssd_lambda"),
+    "badt": (*_LOOP, "temperature"),
+    "salun": (*_LOOP, "mask_share"),
+    "scrub": (*_LOOP, "temperature", "scrub_alpha", "scrub_gamma", "ascent_epochs", "ascent_steps"),
+    "pgu": (*_STEP, "pgu_gamma"),
+    "jit": (*_STEP, "jit_sigma", "jit_noises"),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loops share
@@ -159,14 +219,14 @@ def randl(student, data, have, args, rng, mask=None):
     Labels are drawn anew for each batch and may be the true one. Ending an epoch on D_r is what keeps RA. mask: SalUn's.
     """
     optimizer = new_optimizer(student, args)
-    theta_o = [p.detach().clone() for p in student.parameters()]
+    theta_o = [p.detach().clone() for p in student.parameters()] if mask else None
     student.train()
     for _ in epochs(args):
         for name in ("forget", "retain"):
             for batch in batches(have[name], args.unlearn_batch_size, rng):
                 labels = random_labels(data, have["retain"], len(batch), rng) if name == "forget" else targets_of(data, batch)
                 descend(optimizer, task_losses(logits_of(student, images_of(data, batch, args, rng), args), labels).mean())
-                if mask is not None:
+                if mask:
                     with torch.no_grad():
                         for p, old, m in zip(student.parameters(), theta_o, mask, strict=True):
                             p.copy_(torch.where(m, p, old))
@@ -175,8 +235,9 @@ def randl(student, data, have, args, rng, mask=None):
 def ga(student, data, have, args, rng):
     """GA: gradient ascent on D_f. Source: SalUn's GA; with the Support set and one step, METAUNLEARN's bar.
 
-    Ours leaves batch norm in eval mode: in train mode (as published) forget batches also overwrite its running statistics. Plain SGD, no
-    decay: weight decay would shrink the model beside ascending. The loss has no upper bound: only a narrow band of lr works.
+    Ours, against SalUn's code: batch norm in eval mode, for forget batches overwrite its running statistics in train mode; plain
+    SGD, for weight decay shrinks the model beside ascending; images as they are, not augmented. The loss has no upper bound:
+    only a narrow band of lr works.
     """
     optimizer = torch.optim.SGD(student.parameters(), args.unlearn_lr)
     for _ in epochs(args):
@@ -189,7 +250,8 @@ def amnesiac(student, data, have, args, rng):
 
     Source: Graves et al. 2021's "unlearning", the version that SSD, Bad Teacher and SFR-on run under this name. The other version
     of that paper, `--ledger`: subtract the sum of all training updates whose batch held an image of D_f, then repair on D_r.
-    With 10 % forgotten that is every batch (P(a batch of 256 has none) = 0.9^256), so the model returns to its beginning.
+    With 10 % forgotten that is every batch (P(a batch of 256 has none) = 0.9^256), so the model returns to its beginning, but
+    for batch norm's running statistics, which are no updates. Attributes: the label vector of a random image, by chance the same.
     """
     if args.ledger:
         with torch.no_grad():
@@ -218,7 +280,7 @@ def fisher(student, data, have, args, rng):
     paper's noise goes with F^(-1/2), its code's with 1 / F: ours is the code's, per weight (the code averages over a filter and
     has special factors for last layer, norms and biases). Where a model fits its data F is about 0: the cap sets the noise then.
     """
-    F_diagonal = fisher_diagonal(student, data, have["retain"][:64] if args.dry_run else have["retain"], args, rng)
+    F_diagonal = fisher_diagonal(student, data, have["retain"], args, rng)
     with torch.no_grad():
         for name, p in student.named_parameters():
             variance = args.fisher_alpha * (1 / (F_diagonal[name] + 1e-8)).clamp(max=args.fisher_cap)
@@ -235,7 +297,8 @@ def fisher_diagonal(model, data, indices, args, rng) -> dict:
         logits = functional_call(model, (theta, buffers), (image[None],))[1]
         return -task_losses(logits, label[None]).sum() * (label.numel() if label.ndim else 1)  # sum over attributes, not mean
 
-    total = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in theta.items()}
+    wide = lambda t: t.double() if t.device.type != "mps" else t.cpu().double()  # MPS has no float64
+    total = {k: wide(torch.zeros_like(p)) for k, p in theta.items()}
     with sdpa_kernel(SDPBackend.MATH):
         for batch in indices.split(args.unlearn_batch_size):
             x = raw_batch(data, batch)
@@ -247,7 +310,7 @@ def fisher_diagonal(model, data, indices, args, rng) -> dict:
                 y = torch.multinomial(logits.softmax(1), 1, generator=rng)[:, 0]
             g = vmap(grad(log_likelihood), in_dims=(None, 0, 0))(theta, x, y.to(x.device))  # {name: (B, ...)}
             for k in total:
-                total[k] += g[k].double().pow(2).sum(0)
+                total[k] += wide(g[k]).pow(2).sum(0)
     return {k: t / len(indices) for k, t in total.items()}
 
 
@@ -255,14 +318,18 @@ def ssd(student, data, have, args, rng):
     """SSD: dampen weights that matter to D_f much more than to D. Source: Foster et al. 2024, Eq. (4), (5) and their code.
 
     Importance is the mean over batches of the squared gradient of the batch's mean loss, so it depends on the batch size (2.1 at 20,
-    0.1 at 400, measured): both sets use the same one here, ragged batches are left out. Since I_D = p I_f + (1 - p) I_r, nothing
-    can be selected once alpha p >= 1. Identities: I_D is a stored statistic, I_f comes from S.
+    0.1 at 400, measured): both sets use the same one here, ragged batches are left out, and D is read as D \\ D_f, then D_f, never
+    mixed. So I_D = p I_f + (1 - p) I_r, and nothing can be selected once alpha p >= 1. Identities: I_D is a stored statistic, I_f
+    comes from S, which is no part of D.
     """
-    size = min(args.unlearn_batch_size, len(have["forget"]))
-    p = len(have["forget"]) / len(have["statistics"])
-    if args.ssd_alpha * p >= 1 and not args.dry_run:
+    size, D = min(args.unlearn_batch_size, len(have["forget"])), have["statistics"]
+    inside = torch.isin(D, have["forget"])
+    I_f = importance(student, data, [have["forget"]], size, args)
+    I_D = importance(student, data, [D[~inside], D[inside]], size, args)
+    in_batches = [part.sum().item() // size for part in (inside, ~inside)]
+    p = in_batches[0] / max(1, sum(in_batches))
+    if args.ssd_alpha * p >= 1:
         say(f"ssd: alpha p = {args.ssd_alpha * p:.2f} >= 1, which can select nothing; try --ssd-alpha below {1 / p:.2f}")
-    I_f, I_D = (importance(student, data, have[name], size, args) for name in ("forget", "statistics"))
     chosen = 0
     with torch.no_grad():
         for theta, f, d in zip(student.parameters(), I_f, I_D, strict=True):
@@ -273,10 +340,11 @@ def ssd(student, data, have, args, rng):
     say(f"ssd: {100 * chosen / sum(t.numel() for t in student.parameters()):.3f} % of the weights were selected")
 
 
-def importance(model, data, indices, size, args) -> list[Tensor]:
-    """Mean over whole batches of `size` images of the squared gradient of the mean loss; eval mode, no augmentation."""
-    total, whole = [torch.zeros_like(p) for p in model.parameters()], indices[: len(indices) // size * size].split(size)
-    for batch in whole[: 2 if args.dry_run else None]:
+def importance(model, data, parts, size, args) -> list[Tensor]:
+    """Mean over the parts' whole batches of `size` images of the squared gradient of the mean loss; eval mode, no augmentation."""
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    whole = [batch for part in parts for batch in part[: len(part) // size * size].split(size) if len(batch)]
+    for batch in whole:
         loss = task_losses(logits_of(model, raw_batch(data, batch), args), targets_of(data, batch)).mean()
         for t, g in zip(total, torch.autograd.grad(loss, list(model.parameters())), strict=True):
             t += g**2 / len(whole)
@@ -286,7 +354,8 @@ def importance(model, data, indices, size, args) -> list[Tensor]:
 def badt(student, data, have, args, rng):
     """Bad Teacher: distil an untrained model on D_f and the original on D_r. Source: Chundawat et al. 2023, Eq. (1), (2).
 
-    The bad teacher is a fresh model in eval mode. Mean over images (published code also divides by the number of classes).
+    The bad teacher is a fresh model in eval mode. Mean over images (published code also divides by the number of classes), all of D_r
+    at hand (published: a random 30 %; see --rho), times T^2, which is 1 at the published T.
     """
     good = copy.deepcopy(student)
     bad = build_model(args.model, data["classes"], args.image_size, seed=3 * args.seed + 2).to(data["device"]).eval()
@@ -323,14 +392,15 @@ def scrub(student, data, have, args, rng):
     """SCRUB: away from the teacher on D_f, towards it on D_r. Source: Kurmanji et al. 2023, Eq. (3), Algorithm 1, and their code.
 
     Each of the first --ascent-epochs epochs: D_f once, maximising KL(teacher || student); every epoch: D_r once, minimising
-    scrub_alpha KL + scrub_gamma L_task. Maximising has no bound, so its number of steps counts: it is --ascent-steps an epoch, whatever |D_f|,
-    with gradients clipped to norm 1 there (METAUNLEARN's code).
+    scrub_alpha KL + scrub_gamma L_task. Maximising has no bound, so its number of steps counts: it is --ascent-steps an epoch, whatever
+    |D_f| (published: |D_f| / 512), with gradients clipped to norm 1 there (METAUNLEARN's code). No decay of the step (published: 0.1 after 3, 5, 9).
     """
     teacher, optimizer, multilabel = copy.deepcopy(student), new_optimizer(student, args), data["targets"].ndim == 2
     student.train()
     for epoch in epochs(args):
         if epoch < args.ascent_epochs:
-            for batch in batches(have["forget"], -(-len(have["forget"]) // args.ascent_steps), rng):
+            order = have["forget"][torch.randperm(len(have["forget"]), generator=rng)]
+            for batch in order.tensor_split(min(args.ascent_steps, len(order))):
                 x = images_of(data, batch, args, rng)
                 with torch.no_grad():
                     wanted = logits_of(teacher, x, args)
@@ -353,11 +423,11 @@ def pgu(student, data, have, args, rng):
     Of each convolution's and linear layer's inputs (patches) the Gram matrix over the data to keep gives the core space U, the fewest leading
     directions whose singular values reach the share pgu_gamma; weights move by g - g U U^T alone, norms and biases not at all.
     Random samples: the Gram matrix of D \\ D_f, so positive by construction (published: a difference of two augmentations, which is
-    not). Identities: of D, for S was never in it. Patches have the layer's own stride (published: 1). Loss: -log(1 - p_y + 0.05)
+    not). Identities: of D, for S was never in it. The step falls along a cosine, with no stopping by validation. Patches have the layer's own stride (published: 1). Loss: -log(1 - p_y + 0.05)
     - 0.2 H(p), over every attribute (METAUNLEARN's code indexes with the labels: two attributes alone got it).
     """
     kept = have["statistics"][~torch.isin(have["statistics"], have["forget"])]
-    U = core_spaces(student, data, kept[:64] if args.dry_run else kept, args)
+    U = core_spaces(student, data, kept, args)
     weights = {name: module.weight for name, module in student.named_modules() if name in U}
     for epoch in epochs(args):
         for batch in batches(have["forget"], args.unlearn_batch_size, rng):
@@ -393,7 +463,7 @@ def core_spaces(model, data, indices, args) -> dict:
             if isinstance(module, nn.Conv2d):
                 x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)  # (B, places, patch)
             x = x.reshape(-1, x.shape[-1])
-            gram[name] = gram.get(name, 0) + (x.T @ x).double()
+            gram[name] = gram.get(name, 0) + (x.T @ x).cpu().double()
 
         return hook
 
@@ -410,7 +480,7 @@ def core_spaces(model, data, indices, args) -> dict:
         values, vectors = torch.linalg.eigh((G + G.T) / 2)
         singular = values.flip(0).clamp(min=0).sqrt()
         k = int((singular.cumsum(0) / singular.sum() <= args.pgu_gamma).sum()) + 1  # as many as reach the share
-        spaces[name] = vectors.flip(1)[:, :k].float()
+        spaces[name] = vectors.flip(1)[:, :k].float().to(data["device"])
     return spaces
 
 
@@ -439,63 +509,47 @@ def jit(student, data, have, args, rng):
 METHODS = {f.__name__: f for f in (ft, randl, ga, amnesiac, fisher, ssd, badt, salun, scrub, pgu, jit)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Presets: for each method and kind of problem, found by --search (README says what was tried), and the grid it tries
-
-_SGD = dict(unlearn_optimizer="sgd", unlearn_batch_size=64)
-PRESETS = {
-    "ft": dict(_SGD, unlearn_lr=0.01, unlearn_epochs=10),
-    "randl": dict(_SGD, unlearn_lr=0.003, unlearn_epochs=5),
-    "ga": dict(_SGD, unlearn_lr=0.03, unlearn_epochs=5),
-    "amnesiac": dict(_SGD, unlearn_optimizer="adam", unlearn_lr=1e-3, unlearn_epochs=3),
-    "fisher": dict(_SGD, fisher_alpha=1e-6),
-    "ssd": dict(_SGD, ssd_alpha=2.0, ssd_lambda=1.0),
-    "badt": dict(_SGD, unlearn_optimizer="adam", unlearn_lr=1e-4, unlearn_epochs=1, temperature=1.0),
-    "salun": dict(_SGD, unlearn_lr=0.003, unlearn_epochs=5, mask_share=0.5),
-    "scrub": dict(_SGD, unlearn_lr=0.003, unlearn_epochs=5, ascent_epochs=2, temperature=4.0),
-    "pgu": dict(_SGD, unlearn_lr=0.05, unlearn_epochs=10, pgu_gamma=0.9),
-    "jit": dict(_SGD, unlearn_lr=0.03, unlearn_epochs=1, jit_sigma=0.5),
-}
-GRIDS = {
-    "ft": dict(unlearn_lr=(0.003, 0.01, 0.03, 0.1)),
-    "randl": dict(unlearn_lr=(0.0003, 0.001, 0.003, 0.01, 0.03)),
-    "ga": dict(unlearn_lr=(0.003, 0.01, 0.03, 0.1, 0.3)),
-    "amnesiac": dict(unlearn_lr=(1e-4, 3e-4, 1e-3, 3e-3)),
-    "fisher": dict(fisher_alpha=(1e-9, 1e-8, 1e-7, 1e-6, 1e-5)),
-    "ssd": dict(ssd_alpha=(1.0, 1.5, 2.0, 3.0, 5.0, 10.0), ssd_lambda=(0.1, 0.5, 1.0)),
-    "badt": dict(unlearn_lr=(1e-5, 1e-4, 3e-4, 1e-3)),
-    "salun": dict(unlearn_lr=(0.001, 0.003, 0.01), mask_share=(0.2, 0.5)),
-    "scrub": dict(unlearn_lr=(0.001, 0.003, 0.01), ascent_epochs=(1, 2)),
-    "pgu": dict(unlearn_lr=(0.01, 0.05, 0.2, 1.0), pgu_gamma=(0.9, 0.95)),
-    "jit": dict(unlearn_lr=(0.003, 0.03, 0.3), jit_sigma=(0.1, 0.5, 2.0)),
-}
-FLAGS = ("unlearn_optimizer", "unlearn_lr", "unlearn_epochs", "unlearn_batch_size", "unlearn_decay", "mask_share", "temperature")
-FLAGS += ("fisher_alpha", "fisher_cap", "ssd_alpha", "ssd_lambda", "scrub_alpha", "scrub_gamma", "ascent_epochs", "ascent_steps")
-FLAGS += ("pgu_gamma", "jit_sigma", "jit_noises", "ledger")
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Running one
 
 
 def own_args(method: str, args, **changes) -> argparse.Namespace:
     """The flags of one method: its preset, under what the command line gave, under `changes`."""
-    values = vars(args) | PRESETS[method] | args.given | changes
+    values = vars(args) | preset(method, args) | {k: v for k, v in args.given.items() if k in USES[method]} | changes
     return argparse.Namespace(**values)
+
+
+def preset(method: str, args) -> dict:
+    """A method's preset for this problem: its own, under that of the identity protocol, under that of the data set."""
+    return PRESETS[method] | PRESETS.get((method, args.forget), {}) | PRESETS.get((method, pathlib.Path(args.dataset).name), {})
 
 
 def allowed(method: str, sets: dict, args) -> dict:
     """The index tensors that the method may touch, by the names its function knows them by (ACCESS)."""
     names = ACCESS[method] if not args.ledger else ("retain", "ledger")
-    source = {"forget": "support"} if args.forget == "identities" and method in FORGET_IS_SUPPORT else {}
-    return {name: sets[source.get(name, name)] for name in names}
+    return {name: sets[source] for name, source in zip(names, allowed_names(method, args), strict=True)}
+
+
+def allowed_names(method: str, args) -> list[str]:
+    """The sets that the method may touch, by their true names: with identities, `support` stands in for `forget` where it should."""
+    names = ACCESS[method] if not args.ledger else ("retain", "ledger")
+    swap = args.forget == "identities" and method in FORGET_IS_SUPPORT
+    return ["support" if name == "forget" and swap else name for name in names]
 
 
 def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float]:
     """The unlearned copy of model, in eval mode, and the seconds it took; model itself is not changed."""
+    if data["device"].type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     student, begin = copy.deepcopy(model).eval().requires_grad_(True), time.time()
     rng = generator(args.seed, args.split_seed, list(METHODS).index(method), 9)
-    METHODS[method](student, data, allowed(method, sets, args), args, rng)
-    if not all(torch.isfinite(p).all() for p in student.parameters()):
-        fail(f"{method}: weights are no longer finite; lower its step (--unlearn-lr {args.unlearn_lr}, --fisher-alpha {args.fisher_alpha})")
+    have = allowed(method, sets, args)
+    METHODS[method](student, data, have, args, rng)
+    some = next(indices for indices in have.values() if isinstance(indices, Tensor))[:64]
+    logits = predict(student.eval(), lambda i: raw_batch(data, i), some, data["device"])
+    if not torch.isfinite(logits).all() or not all(torch.isfinite(p).all() for p in student.parameters()):
+        raise FloatingPointError(
+            f"{method} diverged; lower its step (--unlearn-lr {args.unlearn_lr:g}, --fisher-alpha {args.fisher_alpha:g})"
+        )
     return student.eval().requires_grad_(False), time.time() - begin
 
 
@@ -505,33 +559,35 @@ def sets_of(split: dict, args) -> dict:
     sets["statistics"] = sorted(split["retain"] + split["forget"])
     if "support" in split:
         sets["support"] = split["support"]
-    return {name: torch.tensor(indices) for name, indices in sets.items()}
+    return {name: torch.tensor(indices[:64] if args.dry_run else indices) for name, indices in sets.items()}
 
 
 def search(method: str, model, data, split, sets, args) -> tuple[dict, list]:
     """Try the method's grid; returns the best values and all that was tried. Reads neither test set nor gold model.
 
     Random samples: LTU's validation gap on the real request (lower is better). Identities: ToW of simulated requests
-    (higher is better; turned into 1 - ToW), so the real Support set and D_f are not touched.
+    (higher is better; turned into 1 - ToW) drawn from all training identities, as in METAUNLEARN's meta-training; the real Support
+    set is not touched. A flag given on the command line is not searched.
     """
-    names, tried = list(GRIDS[method]), []
+    grid, tried = {name: values for name, values in GRIDS[method].items() if name not in args.given}, []
     problems = simulated_problem(model, data, split, args) if args.forget == "identities" else None
-    for values in np.array(np.meshgrid(*GRIDS[method].values())).T.reshape(-1, len(names)):
-        values = dict(zip(names, (int(v) if n == "ascent_epochs" else float(v) for n, v in zip(names, values, strict=True)), strict=True))
+    for values in itertools.product(*grid.values()):
+        values = dict(zip(grid, values, strict=True))
         own = own_args(method, args, **values)
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
             try:
                 if problems:
                     distance = 1 - float(np.mean([simulated_tow(method, model, data, sets, problem, own) for problem in problems]))
                 else:
                     student, _ = run(method, model, data, sets, own)
                     distance = validation_gap(student, model, data, split, sets["retain"].tolist(), own)["mean"]
-            except SystemExit:  # diverged
-                distance = float("inf")
+            except (FloatingPointError, SystemExit):  # diverged
+                distance = None
         tried.append(values | {"distance": distance})
-        say(f"{method} search:", ", ".join(f"{n} {v:g}" for n, v in values.items()), f"distance {100 * distance:.2f}")
-    best = min(tried, key=lambda t: t["distance"])
-    return {n: best[n] for n in names}, tried
+        shown = "diverged" if distance is None else f"distance {100 * distance:.2f}"
+        say(f"{method} search:", ", ".join(f"{n} {v:g}" for n, v in values.items()), shown)
+    best = min(tried, key=lambda t: 2.0 if t["distance"] is None else t["distance"])
+    return {name: best[name] for name in grid}, tried
 
 
 def simulated_tow(method, model, data, sets, problem, args) -> float:
@@ -559,12 +615,22 @@ RANGES += [
     ("ssd_lambda", 0, 1e6),
     ("temperature", 0.01, 1e3),
 ]
-RANGES += [("ascent_epochs", 0, 1e6), ("ascent_steps", 1, 1e6), ("pgu_gamma", 1e-6, 1), ("jit_sigma", 1e-6, 1e6), ("jit_noises", 1, 1e4)]
+RANGES += [
+    ("unlearn_decay", 0, 1e3),
+    ("scrub_alpha", 0, 1e6),
+    ("scrub_gamma", 0, 1e6),
+    ("ascent_epochs", 0, 1e6),
+    ("ascent_steps", 1, 1e6),
+    ("pgu_gamma", 1e-6, 1),
+    ("jit_sigma", 1e-6, 1e6),
+    ("jit_noises", 1, 1e4),
+]
 
 
 def parse_args(argv=None):
-    table = "\n".join(f"  {m:9s}" + ", ".join(f"{k.replace('unlearn_', '')} {v}" for k, v in p.items()) for m, p in PRESETS.items())
-    parser = Parser(description=f"{__doc__}\nPresets (a flag on the command line wins):\n{table}")
+    name = lambda key: key if isinstance(key, str) else f"{key[0]}, {key[1]}"
+    table = "\n".join(f"  {name(m):18s}" + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in p.items()) for m, p in PRESETS.items())
+    parser = Parser(description=f"{__doc__}\nPresets, which stand over the defaults below (a flag on the command line wins):\n{table}")
     add_shared_arguments(parser)
     add_recipe_arguments(parser)
     parser.set_defaults(dataset="digits")
@@ -594,10 +660,11 @@ def parse_args(argv=None):
         action="store_true",
         help="Amnesiac: subtract recorded updates instead of relabelling (trains the original again to record)",
     )
+    add("--plot", action="store_true", help="write a figure beside each result file")
     add("--search", action="store_true", help="first try the method's grid on validation data; what was tried goes into the result file")
     given = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for action in parser._actions:
-        if action.dest in FLAGS:
+        if action.dest in set().union(*USES.values()):
             given._add_action(copy.copy(action)).default = argparse.SUPPRESS
     args = parse_with_presets(parser, TRAINING_PRESETS, argv)
     check_ranges(args, RANGES)
@@ -605,8 +672,13 @@ def parse_args(argv=None):
     args.method = list(METHODS) if "all" in args.method else args.method
     if not 0 < args.rho <= 1:
         fail(f"--rho is {args.rho}; it must lie above 0 and up to 1")
-    if args.ledger and args.method != ["amnesiac"]:
-        fail("--ledger is a version of amnesiac; give --method amnesiac")
+    if args.ledger and (args.method != ["amnesiac"] or args.search):
+        fail("--ledger is a version of amnesiac, with nothing to search; give --method amnesiac alone")
+    if args.search and args.forget in ("class", "subclass"):
+        fail(f"--search judges by validation images, of which --forget {args.forget} leaves none like D_f; give the flags yourself")
+    for flag in args.given:
+        if not any(flag in USES[method] for method in args.method):
+            fail(f"--{flag.replace('_', '-')} is not used by {', '.join(args.method)}")
     return args
 
 
@@ -616,17 +688,20 @@ def main(argv=None):
     if rank_and_world()[1] > 1:
         fail("baselines.py runs as one process; train.py may be started by torchrun before it")
     check_writable(args.checkpoint_dir, args.out)
+    clock = time.time()
     data = load(args, device)
     split = make_split(data, args)
     sets = sets_of(split, args)
     if len(sets["retain"]) == 0:
         fail(f"--rho {args.rho} leaves nothing of D_r's {len(split['retain'])} images; give a larger one")
     say(describe(data, split))
-    model, _ = train("original", data, split, args)
+    model, seconds_original = train("original", data, split, args)
     gold, seconds_gold = train("gold", data, split, args)
-    if args.ledger:
-        sets["ledger"] = train("original", data, split, args, ledger=True)[0].ledger
+    if args.ledger:  # its own original: on a GPU two trainings of one seed can differ
+        model, _ = train("original", data, split, args, ledger=True)
+        sets["ledger"] = model.ledger
     controls = control_sets(data, split) if args.forget == "identities" else unseen_sets(split, sets["retain"].tolist())
+    loaded = time.time() - clock
 
     def row(m):
         return measure(m, lambda i: raw_batch(data, i), data["targets"], split, controls, device, args.amp, data["true_targets"])
@@ -635,13 +710,21 @@ def main(argv=None):
     for method in args.method:
         best, tried = search(method, model, data, split, sets, args) if args.search else ({}, None)
         own = own_args(method, args, **best)
-        student, seconds[method] = run(method, model, data, sets, own)
-        rows[method] = row(student)
-        results[method] = write_result(method, student, rows, seconds[method], tried, data, split, own, device)
+        try:
+            student, seconds[method] = run(method, model, data, sets, own)
+        except FloatingPointError as error:
+            if len(args.method) == 1:
+                fail(str(error))
+            say(f"{error}; left out")
+            continue
+        begin, rows[method] = time.time(), row(student)
+        took = {"load": loaded, "train": seconds_original + seconds_gold, "unlearn": seconds[method], "evaluate": time.time() - begin}
+        results[method] = write_result(method, student, rows, took, tried, data, split, own, device)
         say(f"{method}: {seconds[method]:.1f} s")
-    table, names = compare(rows), LABELS | {m: m for m in METHODS}
+    table, names = compare(rows), {name: LABELS.get(name, name) + " (dry)" * (args.dry_run and name in METHODS) for name in rows}
+    names |= {method: method + " (dry)" * args.dry_run for method in results}
     if data["targets"].ndim == 2:
-        print_table(rows, table, "mAP", "")
+        print_table(rows, table, "mAP", names)
     print_gaps({name: paper_figures(r) for name, r in rows.items()}, table, seconds, names)
     return results
 
@@ -655,17 +738,18 @@ def write_result(method, student, rows, seconds, tried, data, split, args, devic
             r[part].pop("wrong", None)
     figures, table = {name: paper_figures(r) for name, r in rows.items()}, compare(rows)
     gap = float(np.mean([abs(figures["unlearned"][k] - figures["retrained"][k]) for k in figures["unlearned"]]))
-    ours = PRESETS[method] | {"rho": 1.0, "ledger": False}
-    name = method + "".join(
-        f"-{f.replace('_', '')}={v}" for f, v in (vars(args) | {}).items() if f in ours and v != ours[f] and tried is None
-    )
+    usual, own = vars(args) | preset(method, args) | {"ledger": False}, vars(args)
+    changed = [f for f in USES[method] if f in args.given and own[f] != usual[f]] + ["rho"] * ("retain" in ACCESS[method] and args.rho != 1)
+    name = method + "".join(f"-{f.replace('_', '')}={own[f]}" for f in changed) + "-search" * (tried is not None)
+    touched = [{"retain": f"retain (rho {args.rho:g})"}.get(n, n) for n in allowed_names(method, args)]
+    access = {"unlearning": touched} | ({"choosing flags": ["forget", f"retain (rho {args.rho:g})", "val"]} if tried is not None else {})
     result = {
         "method": name,
         "dataset": data["name"],
         "setting": setting(args),
         "seed": args.seed,
         "split_hash": split["hash"],
-        "access": [*allowed(method, dict.fromkeys(("forget", "retain", "statistics", "support", "ledger"), ()), args)],
+        "access": access,
         "args": {k: v for k, v in vars(args).items() if k != "given"},
         "metric": "mAP" if data["targets"].ndim == 2 else "accuracy",
         "metrics": rows,
@@ -675,10 +759,15 @@ def write_result(method, student, rows, seconds, tried, data, split, args, devic
         **figures["unlearned"],
         "avg_gap": gap,
         "search": tried,
-        "seconds": {"unlearn": seconds},
+        "seconds": seconds,
         **provenance(device),
     }
-    write_json(pathlib.Path(args.out) / f"{data['name']}-{setting(args)}" / f"{name}-seed{args.seed}.json", result)
+    target = pathlib.Path(args.out) / f"{data['name']}-{setting(args)}" / f"{name}-seed{args.seed}.json"
+    write_json(target, result)
+    if args.plot:
+        plot(
+            rows, table, target.with_suffix(".png"), result["metric"], method, f"{data['name']}, {setting(args)}, {name}, seed {args.seed}"
+        )
     path = checkpoint_folder(args) / f"{name}-seed{args.seed}.pt"
     save_checkpoint(path, kind="model", which="unlearned", model=student.state_dict(), architecture=args.model, split=split["hash"])
     return result

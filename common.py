@@ -499,15 +499,15 @@ def compare(rows: dict) -> dict:
 LABELS = {"original": "Trained", "retrained": "Retrained (gold)", "ascent": "1 ascent step on S", "ft": "FT, same batches"}
 
 
-def print_table(rows: dict, table: dict, metric: str, method: str):
-    """The paper's row of each model, and what it lost on D_f beside what retained people lost; all times 100."""
+def print_table(rows: dict, table: dict, metric: str, names: dict):
+    """The paper's row of each model (row -> name), and what it lost on D_f beside what retained people lost; all times 100."""
     say(f"\n{'':22s} {metric + ' x 100':^20s}            score lost (x 100) on     control sets")
     say(f"{'':22s} {'D_r':>6s} {'D_f':>6s} {'D_te':>6s} {'ToW':>7s}    {'D_f':>6s}  {'control':>12s}   below D_f")
     for name, row in rows.items():
         r, f, te = (100 * row[s]["score"] for s in ("retain", "forget", "test"))
         t = {key: 100 * value for key, value in table[name].items()}
         say(
-            f"{LABELS.get(name, method):22s} {r:6.1f} {f:6.1f} {te:6.1f} {t['tow']:7.1f}    {t['forget_lost']:6.1f}  "
+            f"{names[name]:22s} {r:6.1f} {f:6.1f} {te:6.1f} {t['tow']:7.1f}    {t['forget_lost']:6.1f}  "
             f"{t['control_lost_mean']:5.1f} +- {t['control_lost_std']:3.1f}   {t['controls_that_lost_less']:6.0f} %"
         )
     say("control: 20 random sets of as many retained identities. Forgetting these people lowers D_f and not the control.\n")

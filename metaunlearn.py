@@ -46,6 +46,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
+    LABELS,
     Parser,
     add_shared_arguments,
     atomic_write,
@@ -822,7 +823,7 @@ def parse_args(argv=None):
 def report(rows, table, selection, seconds, data, split, args, source, device) -> dict:
     """Print the paper's row, write the result file and, with --plot, the figure; returns the result as written."""
     metric = "mAP" if data["targets"].ndim == 2 else "accuracy"
-    print_table(rows, table, metric, f"METAUNLEARN {args.preset}" + " (dry)" * args.dry_run)
+    print_table(rows, table, metric, LABELS | {"unlearned": f"METAUNLEARN {args.preset}" + " (dry)" * args.dry_run})
     result = {
         "method": args.method,
         "dataset": data["name"],

@@ -157,7 +157,8 @@ def train(which: str, data: dict, split: dict, args, ledger=False):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first_epoch, best, best_state, seconds = (saved["epoch"] + 1, saved["best"], saved["best_state"], saved["seconds"])
-        recorded, best_ledger = saved["recorded"], saved["best_ledger"]
+        best_ledger = saved["best_ledger"]
+        recorded = {k: t.to(device) for k, t in saved["recorded"].items()} if ledger else None
         say(f"{which}: resuming after epoch {first_epoch}")
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     steps = max(1, math.ceil(len(chosen) / args.batch_size))
