@@ -259,10 +259,7 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     except (AssertionError, OSError, TypeError) as error:
         hint = "give --init FILE or --init none" if init == "pretrained" else "its patch size must divide --image-size"
         fail(f"--model {name} at {image_size} px cannot be built ({' '.join(str(error).split())[:120]}); {hint}")
-    if extra and name not in (
-        "toy_vit",
-        "toy_resnet",
-    ):  # timm skips what it cannot match: a file of another architecture would load nothing
+    if extra and not own:  # timm skips what it cannot match: a file of another architecture would load nothing
         torch.manual_seed(seed)
         fresh = timm.create_model(name, num_classes=outputs, **size).state_dict()
         weights = [k for k, t in fresh.items() if t.ndim > 1]  # norms and biases start at 0 or 1 in any model

@@ -229,7 +229,10 @@ def test_another_seed_shares_nothing():
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.mark.parametrize("name, size, width, mean, std", [("toy_vit", 16, 64, 0.5, 0.5), ("resnet18", 32, 512, *IMAGENET)])
+@pytest.mark.parametrize(
+    "name, size, width, mean, std",
+    [("toy_vit", 16, 64, 0.5, 0.5), ("toy_resnet", 8, 64, 0.5, 0.5), ("resnet18", 32, 512, 0.5, 0.5), ("resnet18", 96, 512, *IMAGENET)],
+)
 def test_model_gives_features_and_logits(name, size, width, mean, std):
     """Shapes, the model's own normalisation, and logits that are the classifier of these features."""
     model, images = common.build_model(name, 5, size).eval(), images_of(2, size)
@@ -254,7 +257,7 @@ def initial_weights(what, folder) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name, size", [("toy_vit", 16), ("resnet18", 32)])
+@pytest.mark.parametrize("name, size", [("toy_vit", 16), ("resnet18", 32), ("resnet18", 96)])
 @pytest.mark.parametrize("what", ["missing", "text", "text safetensors", "empty dict", "other names", "checkpoint"])
 def test_useless_initial_weights_end_in_one_line(name, size, what, tmp_path, capsys):
     """A file from which nothing can be loaded must not leave a random model that is called pretrained."""

@@ -445,7 +445,7 @@ def test_unlearning_later_needs_pictures_labels_and_the_meta_loss_only(flags, tm
     def forbidden(*_):
         raise AssertionError("read training data")
 
-    for name in ("load", "identity_split", "raw_batch", "train"):
+    for name in ("load", "make_split", "raw_batch", "train"):
         monkeypatch.setattr(M, name, forbidden)
     M.main(["--meta-loss", str(saved), "--support", str(tmp_path / "S"), "--save", str(tmp_path / "later.pt"), "--device", "cpu"])
     now, later = (common.load_checkpoint(tmp_path / name, "model")["model"] for name in ("now.pt", "later.pt"))
