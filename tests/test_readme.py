@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ["data", "train", "metaunlearn", "ltu"]
+SCRIPTS = ["data", "train", "metaunlearn", "ltu", "baselines"]
 
 
 def commands(text):
