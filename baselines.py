@@ -192,6 +192,11 @@ def epochs(args) -> range:
     return range(1 if args.dry_run else args.unlearn_epochs)
 
 
+def wide(t: Tensor) -> Tensor:
+    """float64, for long sums; on the CPU where the device has none (MPS)."""
+    return t.double() if t.device.type != "mps" else t.cpu().double()
+
+
 def divergence(teacher: Tensor, student: Tensor, T: float, multilabel: bool) -> Tensor:
     """KL(teacher || student) at temperature T, averaged over the batch: (B, K), (B, K) -> (), times T^2 as Hinton et al. have it.
 
@@ -302,7 +307,6 @@ def fisher_diagonal(model, data, indices, args, rng) -> dict:
         logits = functional_call(model, (theta, buffers), (image[None],))[1]
         return -task_losses(logits, label[None]).sum() * (label.numel() if label.ndim else 1)  # sum over attributes, not mean
 
-    wide = lambda t: t.double() if t.device.type != "mps" else t.cpu().double()  # MPS has no float64
     total = {k: wide(torch.zeros_like(p)) for k, p in theta.items()}
     with sdpa_kernel(SDPBackend.MATH):
         for batch in indices.split(args.unlearn_batch_size):
@@ -468,7 +472,7 @@ def core_spaces(model, data, indices, args) -> dict:
             if isinstance(module, nn.Conv2d):
                 x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)  # (B, places, patch)
             x = x.reshape(-1, x.shape[-1])
-            gram[name] = gram.get(name, 0) + (x.T @ x).cpu().double()
+            gram[name] = gram.get(name, 0) + wide(x.T @ x)
 
         return hook
 
