@@ -460,7 +460,8 @@ def test_paper_figures_by_hand():
 
 # ------------------------------------------------------------------------------------------------ whole runs
 
-SHORT = ("--epochs", "30", "--iterations", "12")
+SHORT = ("--epochs", "30", "--iterations", "12", "--alpha", "0.3", "--beta", "0.03")
+NAME = "ltu-alpha=0.3-beta=0.03-iterations=12"
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +565,7 @@ def test_rho_limits_what_is_at_hand(run):
 def test_result_file(run):
     (path,) = (run.folder / "o").rglob("*.json")
     saved = json.loads(path.read_text())
-    assert saved == run.result and path.name == "ltu-iterations=12-seed0.json" and path.parent.name == "digits-random0.1-noise0.1-split0"
+    assert saved == run.result and path.name == f"{NAME}-seed0.json" and path.parent.name == "digits-random0.1-noise0.1-split0"
     design = "method dataset setting seed split_hash access args metrics tow ua ra ta mi avg_gap seconds peak_memory_bytes device versions"
     assert set(design.split()) <= set(saved)
     assert {"load", "train", "mi_models", "unlearn", "evaluate"} <= set(saved["seconds"])
@@ -589,7 +590,7 @@ def split_of_flips(run):
 
 
 def test_the_same_command_gives_the_same_numbers(run):
-    (path,) = (run.folder / "c").rglob("ltu-iterations=12-seed0.pt")
+    (path,) = (run.folder / "c").rglob(f"{NAME}-seed0.pt")
     before = torch.load(path, weights_only=True)["model"]
     result = again(run)
     assert result["metrics"] == run.result["metrics"] and result["log"] == run.result["log"]
@@ -615,7 +616,7 @@ def test_each_ablation_changes_what_it_says(run, flag, capsys):
     """Same models, same split, same first batch; another result, in a file and a row of its own."""
     result = again(run, *flag.split())
     holds, name, shared = ABLATIONS[flag]
-    assert holds(result["log"]) and result["method"] == f"ltu-iterations=12-{name}"
+    assert holds(result["log"]) and result["method"] == f"{NAME}-{name}"
     assert result["split_hash"] == run.result["split_hash"]
     for row in ("original", "retrained", "ft"):
         assert result["metrics"][row] == run.result["metrics"][row]
@@ -639,7 +640,7 @@ def test_add_and_project_differ_only_where_gradients_conflict():
 
 def test_resume_equals_uninterrupted(run, monkeypatch):
     """Stopped in the middle of the loop, then --resume: the same model to the bit."""
-    (path,) = (run.folder / "c").rglob("ltu-iterations=12-seed0.pt")
+    (path,) = (run.folder / "c").rglob(f"{NAME}-seed0.pt")
     whole = torch.load(path, weights_only=True)["model"]
     real, calls = L.iteration, []
 
@@ -674,14 +675,14 @@ def test_a_diverged_step_stops_and_keeps_the_last_good_model(run, monkeypatch, c
         again(run, "--beta", "0.02")
     message = capsys.readouterr().err
     assert stop.value.code == 2 and len(message.splitlines()) == 1 and "iteration 4" in message
-    (path,) = (run.folder / "c").rglob("ltu-beta=0.02-iterations=12-seed0.partial.pt")
+    (path,) = (run.folder / "c").rglob("ltu-alpha=0.3-beta=0.02-iterations=12-seed0.partial.pt")
     saved = torch.load(path, weights_only=True)
     assert saved["iteration"] == 2 and all(torch.isfinite(t.float()).all() for t in saved["model"].values())
     assert torch.equal(
         saved["model"]["net.bn1.running_mean"], states[0]["net.bn1.running_mean"]
     )  # the third query pass's, not the fourth's
     assert not torch.equal(saved["model"]["net.bn1.weight"], states[0]["net.bn1.weight"])  # after the third update
-    assert not list((run.folder / "o").rglob("ltu-beta*"))
+    assert not list((run.folder / "o").rglob("*beta=0.02*"))
 
 
 def test_a_step_that_explodes_is_caught_at_once(run, capsys):
@@ -694,7 +695,22 @@ def test_a_step_that_explodes_is_caught_at_once(run, capsys):
 
 def test_class_forgetting_run(digits, tmp_path):
     """The class is gone from D_r, D_v and D_te; the gold model does not know its test images, and neither should LTU."""
-    extra = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0", "--epochs", "12", "--iterations", "8"]
+    extra = [
+        "--forget",
+        "class",
+        "--forget-classes",
+        "3",
+        "--label-noise",
+        "0",
+        "--epochs",
+        "12",
+        "--iterations",
+        "8",
+        "--alpha",
+        "0.3",
+        "--beta",
+        "0.03",
+    ]
     result = L.main(["--device", "cpu", *flags_of(tmp_path), *extra])
     assert result["setting"] == "class3-split0" and result["validation_gap"] is None
     gold, original = (result["metrics"][row]["test_forgotten"]["score"] for row in ("retrained", "original"))
@@ -782,4 +798,4 @@ def test_args_do_not_leak_into_each_other():
     assert L.parse_args(["--dataset", "cifar10"]).model == "resnet18"
     args = L.parse_args(["--rho", "0.3"])
     assert isinstance(args, argparse.Namespace) and args.dataset == "digits" and args.label_noise == 0.1 and args.method == "ltu"
-    assert L.parse_args(["--alpha", "0.2"]).method == "ltu-alpha=0.2"
+    assert L.parse_args(["--alpha", "0.4"]).method == "ltu-alpha=0.4"
