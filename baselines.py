@@ -35,6 +35,7 @@ from common import (
     Parser,
     add_shared_arguments,
     autocast,
+    average_gap,
     build_model,
     check_ranges,
     check_writable,
@@ -746,7 +747,6 @@ def write_result(method, student, rows, seconds, tried, data, split, args, devic
         for part in ("forget", "retain"):
             r[part].pop("wrong", None)
     figures, table = {name: paper_figures(r) for name, r in rows.items()}, compare(rows)
-    gap = float(np.mean([abs(figures["unlearned"][k] - figures["retrained"][k]) for k in figures["unlearned"]]))
     usual, own = vars(args) | preset(method, args) | {"ledger": False}, vars(args)
     changed = [f for f in USES[method] if f in args.given and own[f] != usual[f]] + ["rho"] * ("retain" in ACCESS[method] and args.rho != 1)
     name = method + "".join(f"-{f.replace('_', '')}={own[f]}" for f in changed) + "-search" * (tried is not None)
@@ -766,7 +766,7 @@ def write_result(method, student, rows, seconds, tried, data, split, args, devic
         "figures": figures,
         "tow": table["unlearned"]["tow"],
         **figures["unlearned"],
-        "avg_gap": gap,
+        "avg_gap": average_gap(figures, "unlearned"),
         "search": tried,
         "seconds": seconds,
         **provenance(device),

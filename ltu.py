@@ -47,6 +47,7 @@ from common import (
     accuracy,
     add_shared_arguments,
     autocast,
+    average_gap,
     check_file,
     check_ranges,
     check_writable,
@@ -572,7 +573,6 @@ def report(rows, wrong, log, attack_report, gap, seconds, data, split, seen, arg
         say(
             f"validation gap {100 * gap['mean']:.2f}: the mean distance from the goal as D_v and D_r_hat show it, by which flags are chosen"
         )
-    mean_gap = lambda name: float(np.mean([abs(figures[name][k] - figures["retrained"][k]) for k in figures[name]]))
     result = {
         "method": args.method,
         "dataset": data["name"],
@@ -587,10 +587,10 @@ def report(rows, wrong, log, attack_report, gap, seconds, data, split, seen, arg
         "metric": "mAP" if data["targets"].ndim == 2 else "accuracy",
         "metrics": rows,
         "comparison": table,
-        "figures": {name: f | {"avg_gap": mean_gap(name)} for name, f in figures.items()},
+        "figures": {name: f | {"avg_gap": average_gap(figures, name)} for name, f in figures.items()},
         "tow": table["unlearned"]["tow"],
         **figures["unlearned"],
-        "avg_gap": mean_gap("unlearned"),
+        "avg_gap": average_gap(figures, "unlearned"),
         "validation_gap": gap,
         "wrong_by_label": wrong,
         "conflicts": {"share": float(np.mean(np.array(cosines) < 0)), "mean_cosine": float(np.mean(cosines))} if cosines else None,

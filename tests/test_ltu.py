@@ -660,6 +660,20 @@ def test_resume_equals_uninterrupted(run, monkeypatch):
     assert all(torch.equal(t, whole[k]) for k, t in torch.load(path, weights_only=True)["model"].items())
 
 
+def test_beta_falls_to_0_along_a_cosine(digits, monkeypatch):
+    """With a gradient of ones, every weight has moved by the sum of the steps; and the given model has not moved."""
+    torch.manual_seed(0)
+    model = common.build_model("toy_resnet", 10, 8).eval()
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(L, "iteration", lambda student, theta, *_: ([torch.ones_like(p) for p in theta.values()], {"tune": 1.0}))
+    args = argparse.Namespace(**vars(digits.args) | {"iterations": 5, "beta": 0.2})
+    student, _, _ = L.unlearn(model, digits.data, digits.split, digits.seen, None, args)
+    total = sum(0.2 * (1 + np.cos(np.pi * t / 5)) / 2 for t in range(5))
+    for name, p in student.named_parameters():
+        assert torch.allclose(p, before[name] - total, atol=1e-5), name
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
 def test_a_diverged_step_stops_and_keeps_the_last_good_model(run, monkeypatch, capsys):
     real, calls, states = L.iteration, [], []
 
