@@ -193,6 +193,14 @@ def epochs(args) -> range:
     return range(1 if args.dry_run else args.unlearn_epochs)
 
 
+def stored(have, key, compute):
+    """A statistic of the training data, computed once and kept: --search reads D once, not once a try."""
+    kept = have.setdefault("stored", {})
+    if key not in kept:
+        kept[key] = compute()
+    return kept[key]
+
+
 def wide(t: Tensor) -> Tensor:
     """float64, for long sums; on the CPU where the device has none (MPS)."""
     return t.double() if t.device.type != "mps" else t.cpu().double()
@@ -333,9 +341,9 @@ def ssd(student, data, have, args, rng):
     comes from S, which is no part of D.
     """
     size, D = min(args.unlearn_batch_size, len(have["forget"])), have["statistics"]
-    inside = torch.isin(D, have["forget"])
+    inside = torch.isin(D, have["forget"]) & (args.forget != "identities")
     I_f = importance(student, data, [have["forget"]], size, args)
-    I_D = importance(student, data, [D[~inside], D[inside]], size, args)
+    I_D = stored(have, ("importance", size), lambda: importance(student, data, [D[~inside], D[inside]], size, args))
     in_batches = [part.sum().item() // size for part in (inside, ~inside)]
     p = in_batches[0] / max(1, sum(in_batches))
     if args.ssd_alpha * p >= 1:
@@ -436,8 +444,9 @@ def pgu(student, data, have, args, rng):
     not). Identities: of D, for S was never in it. The step falls along a cosine, with no stopping by validation. Patches have the layer's own stride (published: 1). Loss: -log(1 - p_y + 0.05)
     - 0.2 H(p), over every attribute (METAUNLEARN's code indexes with the labels: two attributes alone got it).
     """
-    kept = have["statistics"][~torch.isin(have["statistics"], have["forget"])]
-    U = core_spaces(student, data, kept, args)
+    D = have["statistics"]
+    kept = D if args.forget == "identities" else D[~torch.isin(D, have["forget"])]
+    U = core_spaces(stored(have, "spectra", lambda: spectra(student, data, kept)), args.pgu_gamma)
     weights = {name: module.weight for name, module in student.named_modules() if name in U}
     for epoch in epochs(args):
         for batch in batches(have["forget"], args.unlearn_batch_size, rng):
@@ -463,8 +472,8 @@ def reversed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def core_spaces(model, data, indices, args) -> dict:
-    """{layer: U (patch, k)}: leading eigenvectors of the Gram matrix of each layer's input patches over the images at indices, summed in float64."""
+def spectra(model, data, indices) -> dict:
+    """{layer: (values (patch,), vectors (patch, patch))}, largest first, of the Gram matrix of its input patches, summed in float64."""
     gram, hooks = {}, []
 
     def collect(name, module):
@@ -485,13 +494,15 @@ def core_spaces(model, data, indices, args) -> dict:
     finally:
         for hook in hooks:
             hook.remove()
-    spaces = {}
-    for name, G in gram.items():
-        values, vectors = torch.linalg.eigh((G + G.T) / 2)
-        singular = values.flip(0).clamp(min=0).sqrt()
-        k = int((singular.cumsum(0) / singular.sum() <= args.pgu_gamma).sum()) + 1  # as many as reach the share
-        spaces[name] = vectors.flip(1)[:, :k].float().to(data["device"])
-    return spaces
+    found = {name: torch.linalg.eigh((G + G.T) / 2) for name, G in gram.items()}
+    return {name: (values.flip(0), vectors.flip(1).float().to(data["device"])) for name, (values, vectors) in found.items()}
+
+
+def core_spaces(spectra: dict, gamma: float) -> dict:
+    """{layer: U (patch, k)}: the fewest leading eigenvectors whose singular values reach the share gamma."""
+    singular = {name: values.clamp(min=0).sqrt() for name, (values, _) in spectra.items()}
+    k = {name: int((s.cumsum(0) / s.sum() <= gamma).sum()) + 1 for name, s in singular.items()}
+    return {name: vectors[:, : k[name]] for name, (_, vectors) in spectra.items()}
 
 
 def jit(student, data, have, args, rng):
@@ -536,7 +547,8 @@ def preset(method: str, args) -> dict:
 def allowed(method: str, sets: dict, args) -> dict:
     """The index tensors that the method may touch, by the names its function knows them by (ACCESS)."""
     names = ACCESS[method] if not args.ledger else ("retain", "ledger")
-    return {name: sets[source] for name, source in zip(names, allowed_names(method, args), strict=True)}
+    have = {name: sets[source] for name, source in zip(names, allowed_names(method, args), strict=True)}
+    return have | {"stored": sets.get("stored", {})}
 
 
 def allowed_names(method: str, args) -> list[str]:
@@ -580,6 +592,7 @@ def search(method: str, model, data, split, sets, args) -> tuple[dict, list]:
     set is not touched. A flag given on the command line is not searched.
     """
     grid, tried = {name: values for name, values in GRIDS[method].items() if name not in args.given}, []
+    sets = sets | {"stored": {}}
     problems = simulated_problem(model, data, split, args) if args.forget == "identities" else None
     for values in itertools.product(*grid.values()):
         values = dict(zip(grid, values, strict=True))
@@ -605,7 +618,7 @@ def simulated_tow(method, model, data, sets, problem, args) -> float:
     own = torch.cat([torch.tensor(problem["support"]), torch.tensor(problem["sets"]["forget"])])
     everyone = torch.cat([sets["retain"], sets["forget"]])
     simulated = {"support": torch.tensor(problem["support"]), "forget": torch.tensor(problem["sets"]["forget"])}
-    simulated |= {"retain": everyone[~torch.isin(everyone, own)], "statistics": sets["statistics"]}
+    simulated |= {"retain": everyone[~torch.isin(everyone, own)], "statistics": sets["statistics"], "stored": sets["stored"]}
     student, _ = run(method, model, data, simulated, args)
     got = {}
     for name, indices in problem["sets"].items():

@@ -347,7 +347,7 @@ def check_pgu(module):
     p.model = Conv().eval()
     kept = p.sets["retain"]
     args = module.own_args("pgu", p.args, **p.changes, pgu_gamma=0.8, unlearn_lr=0.5)
-    U = module.core_spaces(p.model, p.data, kept, args)
+    U = module.core_spaces(module.spectra(p.model, p.data, kept), args.pgu_gamma)
     patches = F.unfold(pixels(p, kept), 3, stride=2, padding=1).transpose(1, 2)  # torch's own convolution of them is the layer's
     assert torch.allclose(
         (patches @ p.model.conv.weight.flatten(1).T + p.model.conv.bias).transpose(1, 2),
@@ -678,6 +678,29 @@ def test_search_reads_neither_test_set_nor_gold(trained, monkeypatch):
             assert not read & set(split["support"])
         assert tried[2]["distance"] is None or tried[2]["distance"] > tried[1]["distance"]  # 1e3 destroys the model
         assert best["unlearn_lr"] == min(tried[:2], key=lambda t: t["distance"])["unlearn_lr"]
+        monkeypatch.undo()
+
+
+def test_search_computes_a_stored_statistic_once_and_finds_the_same(trained, monkeypatch):
+    for protocol in ("random", "identities"):
+        flags = trained[protocol][0]
+        args = B.parse_args([*flags, "--method", "ssd", "pgu"])
+        args.amp = False
+        data = D.load(args)
+        split = D.make_split(data, args)
+        model, _ = T.train("original", data, split, args)
+        monkeypatch.setattr(B, "GRIDS", {"ssd": {"ssd_alpha": (0.5, 1.0)}, "pgu": {"unlearn_lr": (0.1, 1.0)}})
+        for method, statistic in (("ssd", "importance"), ("pgu", "spectra")):
+            calls, compute = [], getattr(B, statistic)
+            monkeypatch.setattr(
+                B, statistic, lambda m, d, parts, *rest, c=compute, calls=calls: (calls.append(len(parts)), c(m, d, parts, *rest))[1]
+            )
+            once = B.search(method, model, data, split, B.sets_of(split, args), args)
+            n, tries = len(calls), 2 * (3 if protocol == "identities" else 1)
+            with monkeypatch.context() as never:
+                never.setattr(B, "stored", lambda have, key, compute: compute())
+                assert once == B.search(method, model, data, split, B.sets_of(split, args), args)
+            assert n == 1 + tries * (method == "ssd") and len(calls) - n == tries * (1 + (method == "ssd"))
         monkeypatch.undo()
 
 
