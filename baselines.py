@@ -752,6 +752,13 @@ def main(argv=None):
     return results
 
 
+def run_name(method: str, args, searched: bool) -> str:
+    """A run's name in its files: the method and the flags that differ from its preset (args: own_args)."""
+    usual, own = vars(args) | preset(method, args) | {"ledger": False}, vars(args)
+    changed = [f for f in USES[method] if f in args.given and own[f] != usual[f]] + ["rho"] * ("retain" in ACCESS[method] and args.rho != 1)
+    return method + "".join(f"-{f.replace('_', '')}={own[f]}" for f in changed) + "-search" * searched
+
+
 def write_result(method, student, rows, seconds, tried, data, split, args, device) -> dict:
     """The result file of one method, as every script writes it, and its checkpoint."""
     rows = {"original": rows["original"], "retrained": rows["retrained"], "unlearned": rows[method]}
@@ -760,9 +767,7 @@ def write_result(method, student, rows, seconds, tried, data, split, args, devic
         for part in ("forget", "retain"):
             r[part].pop("wrong", None)
     figures, table = {name: paper_figures(r) for name, r in rows.items()}, compare(rows)
-    usual, own = vars(args) | preset(method, args) | {"ledger": False}, vars(args)
-    changed = [f for f in USES[method] if f in args.given and own[f] != usual[f]] + ["rho"] * ("retain" in ACCESS[method] and args.rho != 1)
-    name = method + "".join(f"-{f.replace('_', '')}={own[f]}" for f in changed) + "-search" * (tried is not None)
+    name = run_name(method, args, tried is not None)
     touched = [{"retain": f"retain (rho {args.rho:g})"}.get(n, n) for n in allowed_names(method, args)]
     access = {"unlearning": touched} | ({"choosing flags": ["forget", f"retain (rho {args.rho:g})", "val"]} if tried is not None else {})
     result = {
