@@ -279,6 +279,11 @@ def read_result(path: pathlib.Path) -> tuple[dict | None, str | None]:
     return result, None
 
 
+def original_scores(result) -> list[float]:
+    """D_f's and the test score of the original and the gold model, by which a file shows which models it is about."""
+    return [round(100 * result["metrics"][name][s]["score"], 1) for name in ("original", "retrained") for s in ("forget", "test")]
+
+
 def seed_flags(flags: str, k: int) -> list[str]:
     """Seed k of a table: identities are drawn anew with one training seed, random samples with a training seed each."""
     return ["--split-seed", str(k)] + ([] if "--ids" in flags else ["--seed", str(k)])
@@ -293,15 +298,11 @@ def command(row, part, k, args) -> list[str] | None:
             return None
         own = own.format(other=OTHER_IDS[ids])
     words = f"{flags} {own} "
-    kept = shlex.split(
+    extra = shlex.split(
         " ".join(f for (name, of, word), f in OWN_FLAGS.items() if (name, of) == (args.dataset, script) and f"{word} " in words)
     )
-    for flag in shlex.split(own):  # a row's own flag wins over the data set's
-        if flag in kept:
-            at = kept.index(flag)
-            del kept[at : at + 2]
     places = ["--out", args.out, "--checkpoint-dir", args.checkpoint_dir, "--data-dir", args.data_dir, "--device", args.device]
-    return [f"{script}.py", *shlex.split(flags), *kept, *shlex.split(own), *seed_flags(flags, k), *places, *shlex.split(args.flags)]
+    return [f"{script}.py", *shlex.split(flags), *extra, *shlex.split(own), *seed_flags(flags, k), *places, *shlex.split(args.flags)]
 
 
 def parsed(line: list[str]) -> tuple[argparse.Namespace, str]:
@@ -334,6 +335,8 @@ def collect(part, rows, args) -> tuple[dict, list, list]:
                     missing.append((row[0], line))
                 continue
             result, why = read_result(path)
+            if result is None and row[1]:  # unreadable: to be made again
+                missing.append((row[0], line))
             if result is not None:
                 old = [f for f in training.RECIPE if f not in ("amp", "init") and result["args"].get(f, getattr(own, f)) != getattr(own, f)]
                 why = (
@@ -345,13 +348,14 @@ def collect(part, rows, args) -> tuple[dict, list, list]:
                 skipped.append(f"{path}: {why}")
             else:
                 here[row[0]] = (path, result)
-        hashes = [result["split_hash"] for _, result in here.values()]
-        usual = max(hashes, key=hashes.count) if hashes else None
-        for label, (path, result) in here.items():
-            if result["split_hash"] == usual:
+        keys = [(result["split_hash"], *original_scores(result)) for _, result in here.values()]
+        usual = max(keys, key=keys.count) if keys else None
+        for (label, (path, result)), key in zip(here.items(), keys, strict=True):
+            if key == usual:
                 found.setdefault(label, {})[k] = result
             else:
-                skipped.append(f"{path}: of another split ({result['split_hash']}, the others {usual})")
+                what = "split" if key[0] != usual[0] else "original or gold model"
+                skipped.append(f"{path}: of another {what} ({' '.join(map(str, key))}; the others {' '.join(map(str, usual))})")
     return found, missing, skipped
 
 
@@ -756,7 +760,7 @@ def figure(args):
         x, y = zip(*points, strict=True)
         from scipy import stats
 
-        rank, p = stats.spearmanr(x, y)
+        rank, p = stats.spearmanr(x, y) if np.ptp(y) else (0.0, 1.0)
         bins = binned(x, y)
         methods = ", ".join(row[0] for row in rows)
         say(f"\nfigure {args.figure}, {part[0]}: mean of {methods}; {len(x)} identities of {args.seeds} splits")
