@@ -248,7 +248,7 @@ def randl(student, data, have, args, rng, mask=None):
                 if mask:
                     with torch.no_grad():
                         for p, old, m in zip(student.parameters(), theta_o, mask, strict=True):
-                            p.copy_(torch.where(m, p, old))
+                            p.copy_(torch.where(m, p, old))  # SalUn Eq. (4)
 
 
 def ga(student, data, have, args, rng):
@@ -302,7 +302,7 @@ def fisher(student, data, have, args, rng):
     F_diagonal = fisher_diagonal(student, data, have["retain"], args, rng)
     with torch.no_grad():
         for name, p in student.named_parameters():
-            variance = args.fisher_alpha * (1 / (F_diagonal[name] + 1e-8)).clamp(max=args.fisher_cap)
+            variance = args.fisher_alpha * (1 / (F_diagonal[name] + 1e-8)).clamp(max=args.fisher_cap)  # Fisher Eq. (8)
             noise = torch.randn(p.shape, generator=rng).to(p)
             p += variance.sqrt().to(p) * noise
 
@@ -351,8 +351,8 @@ def ssd(student, data, have, args, rng):
     chosen = 0
     with torch.no_grad():
         for theta, f, d in zip(student.parameters(), I_f, I_D, strict=True):
-            selected = f > args.ssd_alpha * d
-            dampening = (args.ssd_lambda * d / f).clamp(max=1)
+            selected = f > args.ssd_alpha * d  # SSD Eq. (4)
+            dampening = (args.ssd_lambda * d / f).clamp(max=1)  # SSD Eq. (5)
             theta.copy_(torch.where(selected, theta * dampening, theta))
             chosen += selected.sum().item()
     say(f"ssd: {100 * chosen / sum(t.numel() for t in student.parameters()):.3f} % of the weights were selected")
@@ -384,7 +384,7 @@ def badt(student, data, have, args, rng):
         for batch in batches(union, args.unlearn_batch_size, rng):
             x, to_forget = images_of(data, batch, args, rng), torch.isin(batch, forget).to(data["device"])[:, None]
             with torch.no_grad():
-                teacher = torch.where(to_forget, logits_of(bad, x, args), logits_of(good, x, args))
+                teacher = torch.where(to_forget, logits_of(bad, x, args), logits_of(good, x, args))  # Bad Teacher Eq. (2)
             descend(optimizer, divergence(teacher, logits_of(student, x, args), args.temperature, multilabel))
 
 
@@ -402,6 +402,7 @@ def salun(student, data, have, args, rng):
     order = size.argsort(descending=True)[: round(args.mask_share * len(size))]
     flat = torch.zeros(len(size), dtype=torch.bool, device=size.device)
     flat[order] = True
+    # SalUn Eq. (3)
     mask = [m.view_as(g) for m, g in zip(flat.split([g.numel() for g in total]), total, strict=True)]
     randl(student, data, have, args, rng, mask)
 
@@ -423,6 +424,7 @@ def scrub(student, data, have, args, rng):
                 with torch.no_grad():
                     wanted = logits_of(teacher, x, args)
                 optimizer.zero_grad(set_to_none=True)
+                # SCRUB Eq. (3), the part of D_f
                 (-divergence(wanted, logits_of(student, x, args), args.temperature, multilabel)).backward()
                 nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()
@@ -432,6 +434,7 @@ def scrub(student, data, have, args, rng):
                 wanted = logits_of(teacher, x, args)
             logits = logits_of(student, x, args)
             near = divergence(wanted, logits, args.temperature, multilabel)
+            # SCRUB Eq. (3), the part of D_r
             descend(optimizer, args.scrub_alpha * near + args.scrub_gamma * task_losses(logits, targets_of(data, batch)).mean())
 
 
@@ -456,7 +459,7 @@ def pgu(student, data, have, args, rng):
             with torch.no_grad():
                 for (name, w), d in zip(weights.items(), g, strict=True):
                     d = d.flatten(1)  # (outputs, patch)
-                    w -= lr * (d - (d @ U[name]) @ U[name].T).view_as(w)
+                    w -= lr * (d - (d @ U[name]) @ U[name].T).view_as(w)  # PGU Eq. (8)
 
 
 def reversed_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -523,7 +526,7 @@ def jit(student, data, have, args, rng):
                 with torch.no_grad():
                     moved = logits_of(student, noisy, args)
                 away = ((noisy - x) / student.std).flatten(1).norm(dim=1)
-                loss = loss + ((clean - moved).norm(dim=1) / (away + 1e-12)).mean() / args.jit_noises
+                loss = loss + ((clean - moved).norm(dim=1) / (away + 1e-12)).mean() / args.jit_noises  # JiT Eq. (3)
             descend(optimizer, loss)
 
 

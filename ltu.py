@@ -121,7 +121,7 @@ def meta_gradient(tune_loss, test_loss, theta: dict, alpha: float, first_order=F
         return [g + w for g, w in zip(g_tune, v, strict=True)], L_tune.item(), L_test.item()
     # A parameter that g_tune does not depend on (the last bias, where the loss is linear in it) has no second derivative.
     H_v = torch.autograd.grad(g_tune, list(leaf.values()), v, materialize_grads=True, allow_unused=True)
-    gradient = [(g + w - alpha * h).detach() for g, w, h in zip(g_tune, v, H_v, strict=True)]  # the gradient of Eq. (4)
+    gradient = [(g + w - alpha * h).detach() for g, w, h in zip(g_tune, v, H_v, strict=True)]  # Eq. (4), its gradient
     return gradient, L_tune.item(), L_test.item()
 
 
