@@ -71,7 +71,6 @@ from data import (
     reachable,
     setting,
     targets_of,
-    unseen_sets,
 )
 from ltu import validation_gap
 from metaunlearn import simulated_problem
@@ -726,7 +725,7 @@ def main(argv=None):
     if args.ledger:  # its own original: on a GPU two trainings of one seed can differ
         model, _ = train("original", data, split, args, ledger=True)
         sets["ledger"] = model.ledger
-    controls = control_sets(data, split) if args.forget == "identities" else unseen_sets(split, sets["retain"].tolist())
+    controls = control_sets(data, split, sets["retain"].tolist())
     loaded = time.time() - clock
 
     def row(m):

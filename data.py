@@ -661,16 +661,6 @@ def reachable(split: dict, rho: float, split_seed: int) -> list[int]:
     return np.sort(order[: round(rho * len(order))]).tolist()
 
 
-def unseen_sets(split: dict, seen: list[int], sets=20) -> list[np.ndarray]:
-    """Positions within D_r of `sets` random sets of images outside `seen`, the random protocol's control: as many as D_f has, at
-    most half of those there are, else all sets were the same. Where (almost) all of D_r was seen, sets of D_r.
-    """
-    unseen = np.flatnonzero(~np.isin(split["retain"], seen))
-    pool = unseen if len(unseen) >= 50 else np.arange(len(split["retain"]))
-    rng = np.random.default_rng([int(split["hash"], 16) % 2**32, 4])
-    return [np.sort(rng.choice(pool, min(len(split["forget"]), len(pool) // 2), replace=False)) for _ in range(sets)]
-
-
 def shortened(split: dict) -> dict:
     """The same split with at most 64 images in D_r, D_v and D_te: enough for a dry run."""
     return split | {name: split[name][:64] for name in ("retain", "val", "test")}
@@ -700,15 +690,23 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
         yield np.array(support), np.array(forget)
 
 
-def control_sets(data: dict, split: dict, sets=20) -> list[np.ndarray]:
-    """Positions within D_r of `sets` random sets of as many retained identities as are forgotten: the control that
-    tells forgetting these people from lowering everything.
+def control_sets(data: dict, split: dict, seen=(), sets=20) -> list[np.ndarray]:
+    """Positions within D_r of `sets` random sets that were not forgotten: the control that tells forgetting these people, or
+    images, from lowering everything.
+
+    Identities: as many retained identities as are forgotten. Random samples: images outside `seen`, the part of D_r that the method
+    may use; as many as D_f has, at most half of those there are, else all sets were the same. Where (almost) all of D_r was seen,
+    sets of D_r.
     """
-    owner = data["identities"][split["retain"]]
     rng = np.random.default_rng([int(split["hash"], 16) % 2**32, 4])
-    people = np.unique(owner)
-    size = min(len(split["forget_ids"]), len(people))
-    return [np.flatnonzero(np.isin(owner, rng.choice(people, size, replace=False))) for _ in range(sets)]
+    if "forget_ids" in split:
+        owner = data["identities"][split["retain"]]
+        people = np.unique(owner)
+        size = min(len(split["forget_ids"]), len(people))
+        return [np.flatnonzero(np.isin(owner, rng.choice(people, size, replace=False))) for _ in range(sets)]
+    unseen = np.flatnonzero(~np.isin(split["retain"], list(seen)))
+    pool = unseen if len(unseen) >= 50 else np.arange(len(split["retain"]))
+    return [np.sort(rng.choice(pool, min(len(split["forget"]), len(pool) // 2), replace=False)) for _ in range(sets)]
 
 
 def describe(data: dict, split: dict) -> str:

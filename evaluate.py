@@ -48,7 +48,7 @@ from common import (
     with_parameters,
     write_json,
 )
-from data import control_sets, load, make_split, raw_batch, setting, unseen_sets
+from data import control_sets, load, make_split, raw_batch, setting
 
 HERE = pathlib.Path(__file__).parent
 SCRIPTS = {"metaunlearn": metaunlearn, "ltu": ltu, "baselines": baselines}
@@ -571,8 +571,7 @@ def ceiling(args):
             model, seconds["train"] = training.train("original", data, split, own)
             gold, _ = training.train("gold", data, split, own)
             second, seconds["unlearn"] = second_gold(data, split, own)
-            identities = own.forget == "identities"
-            controls = control_sets(data, split) if identities else unseen_sets(split, [])
+            controls = control_sets(data, split)
             rows = {
                 name: measure(
                     m,

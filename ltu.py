@@ -83,7 +83,6 @@ from data import (
     reachable,
     setting,
     targets_of,
-    unseen_sets,
 )
 from train import PRESETS as TRAINING_PRESETS
 from train import RECIPE_RANGES, add_recipe_arguments, checkpoint_folder, train
@@ -541,7 +540,7 @@ def main(argv=None):
 
     clock = time.time()
     gap = validation_gap(unlearned, model, data, split, seen, args)
-    controls = control_sets(data, split) if args.forget == "identities" else unseen_sets(split, seen)
+    controls = control_sets(data, split, seen)
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
     rows = {
         name: measure(m, lambda i: raw_batch(data, i), data["targets"], split, controls, device, args.amp, data["true_targets"])

@@ -554,10 +554,10 @@ def test_rho_limits_what_is_at_hand(run):
     assert [len(sets[rho]) for rho in sets] == [round(rho * len(split["retain"])) for rho in sets]
     assert set(sets[0.1]) < set(sets[0.3]) < set(sets[1.0]) == set(split["retain"])
     assert D.reachable(split, 0.3, 1) != sets[0.3]
-    positions = D.unseen_sets(split, sets[0.3])
+    positions = D.control_sets(None, split, sets[0.3])
     unseen = {split["retain"][i] for part in positions for i in part}
     unseen_all = set(split["retain"]) - set(sets[0.3])
-    half = D.unseen_sets(dict(split, forget=range(10**6)), sets[0.3])  # more to forget than was left unseen
+    half = D.control_sets(None, dict(split, forget=range(10**6)), sets[0.3])  # more to forget than was left unseen
     assert len({tuple(part) for part in half}) == 20 and {len(part) for part in half} == {len(unseen_all) // 2}
     assert len(positions) == 20 and {len(part) for part in positions} == {len(split["forget"])} and not unseen & set(sets[0.3])
 
