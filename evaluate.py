@@ -108,7 +108,6 @@ OWN_FLAGS = {
     ("faces-vit", "metaunlearn", "--preset code"): "--alpha 1e-3",
     ("faces-vit", "metaunlearn", "--preset selective"): "--alpha 1e-3 --eta 0.03",
     **{("faces-vit", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit")},
-    **{("faces-vit", "baselines", f"--method {m}"): "--unlearn-epochs 3" for m in ("badt", "scrub")},
 }
 
 # --table: (kind, rows); a row is (label, script, flags). Trained, Retrained and the second gold model stand above them in every table.
@@ -426,8 +425,8 @@ def cells(table: dict, kind: str, paper: dict, reference: str | None) -> list[li
         columns, main, better = ["D_r", "D_f", "D_te"], "ToW", True
     else:
         columns, main, better = ["UA", "RA", "TA", "MI"], "average gap", False
-    against = [f"- {reference}"] if reference in table else []
-    header = ["", *columns, main, "- Trained", *against, "D_f less control", f"paper's {main}", "n"]
+    against = [f"less {reference}"] if reference in table else []
+    header = ["", *columns, main, "less Trained", *against, "D_f less control", f"paper's {main}", "n"]
     lines = [header]
     for label, by_seed in table.items():
         values = list(by_seed.values())
@@ -609,7 +608,7 @@ MEANING = {
 
 
 def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3):
-    """RMIA score of each x: the share of population points z that x beats in likelihood ratio by the factor gamma.
+    """How sure RMIA is that each x was trained on: the share of population points z that x beats in likelihood ratio by the factor gamma.
 
     LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)], with Pr(.) the mean over reference models that never saw the point, drawn
     towards 1 for the models that did: Pr = ((1 + a) Pr_out + 1 - a) / 2. Shapes: x (N,), x_references (R, N), z (M,),

@@ -109,7 +109,7 @@ def test_aggregation_against_numpy(faces):
     d_f = np.array([v[1] for v in UNLEARNED["GA"]])
     ga = by_label["GA"]
     assert ga["D_f"] == f"{d_f.mean():.1f} ± {d_f.std(ddof=1):.1f}" and ga["ToW"] == f"{tow['GA'].mean():.1f} ± {tow['GA'].std(ddof=1):.1f}"
-    for column, other in (("- Trained", floor), ("- METAUNLEARN", tow["METAUNLEARN"])):
+    for column, other in (("less Trained", floor), ("less METAUNLEARN", tow["METAUNLEARN"])):
         difference = tow["GA"] - other
         half = difference.mean() - stats.ttest_1samp(difference, 0).confidence_interval(0.95).low
         assert ga[column].startswith(f"{difference.mean():+.1f} ± {half:.1f} (")
@@ -134,7 +134,7 @@ def test_average_gap_against_numpy(tmp_path):
 
 GOLDEN = """
 mu1, drawn faces, 10 of 120 identities
-             D_r         D_f         D_te        ToW          - Trained                  - METAUNLEARN        D_f less control  paper's ToW  n
+             D_r         D_f         D_te        ToW          less Trained               less METAUNLEARN     D_f less control  paper's ToW  n
 Trained      98.0 ± 0.0  97.0 ± 0.0  80.0 ± 0.0  85.4 ± 0.0                                                   0.0 ± 0.0                      3
 Retrained    96.0 ± 0.0  85.0 ± 0.0  81.0 ± 0.0  100.0 ± 0.0                                                  10.0 ± 0.0                     3
 GA           95.0 ± 1.0  89.7 ± 1.5  79.0 ± 1.0  92.5 ± 1.5   +7.1 ± 3.7 (better)        +3.3 ± 3.0 (better)  4.3 ± 0.6                      3

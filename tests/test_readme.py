@@ -16,6 +16,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # when run as a script
 SCRIPTS = ["data", "train", "metaunlearn", "ltu", "baselines", "evaluate"]
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
 
@@ -23,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
 def commands(text):
     """(script, arguments) of each `python script.py ...` in code blocks, inline code and docstrings."""
     for line in re.findall(r"(?:python|nproc-per-node \d) (\w+\.py[^\n`|]*)", text):
-        script, *arguments = shlex.split(line.split("&&")[0], comments=True)
+        script, *arguments = shlex.split(re.split("&&|-->", line)[0], comments=True)
         if arguments != ["--help"]:
             yield script.removesuffix(".py"), arguments
 
@@ -139,7 +140,6 @@ def test_tables_are_what_evaluate_prints(page):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     for page in PAGES:
         text = TABLE.sub(lambda m: m[1] + printed(m[2]) + m[4], page.read_text())
         page.write_text(EQUATION.sub(lambda m: f"{m[1]}{tagged_lines(m[2], m[3])[0]}{m[5]}", text))
