@@ -301,6 +301,12 @@ def original_scores(result) -> list[float]:
     return [round(100 * result["metrics"][name][s]["score"], 1) for name in ("original", "retrained") for s in ("forget", "test")]
 
 
+def parts(args) -> list[tuple]:
+    """The parts of a table: all, or --part alone; LTU's Tables 2 to 4 are about a tenth forgotten."""
+    own = SETTINGS[args.dataset][: 1 if args.table in ("ltu2", "ltu3", "ltu4", "ltu-departures") else None]
+    return own[args.part - 1 : args.part] if args.part else own
+
+
 def seed_flags(flags: str, k: int) -> list[str]:
     """Seed k of a table: identities are drawn anew with one training seed, random samples with a training seed each."""
     return ["--split-seed", str(k)] + ([] if "--ids" in flags else ["--seed", str(k)])
@@ -471,8 +477,7 @@ def print_table(args, quiet=False) -> int:
     """
     kind, rows = PLAN[args.table]
     shown = missing_runs = 0
-    # LTU's Tables 2 to 4 are about a tenth forgotten alone
-    for part in SETTINGS[args.dataset][: 1 if args.table in ("ltu2", "ltu3", "ltu4", "ltu-departures") else None]:
+    for part in parts(args):
         title, _, column = part
         found, missing, skipped = collect(part, rows, args)
         if args.run and missing:
@@ -558,7 +563,7 @@ def second_gold(data, split, own, i=1):
 
 def ceiling(args):
     """Measure a second gold model as if it were an unlearned one: the result file `retrain`, Second gold in every table."""
-    for part in SETTINGS[args.dataset]:
+    for part in parts(args):
         for k in range(args.seeds):
             own = recipe(part, k, args)
             path = result_path(own, "retrain")
@@ -687,7 +692,7 @@ def attack_models(part, k, args, had: dict) -> dict:
 def attack(args):
     """Membership inference on the two models, the second gold model and every row of a table; --run makes what is missing."""
     shown = False
-    for part in SETTINGS[args.dataset]:
+    for part in parts(args):
         table, absent = {}, set()
         for k in range(args.seeds):
             path, here = result_path(recipe(part, k, args), "attack"), {}
@@ -781,13 +786,13 @@ def binned(x, y, bins=5) -> list[dict]:
 
 def figure(args):
     """Draw figure 4, 5 or 6 of each part and print what it shows."""
-    for number, part in enumerate(SETTINGS[args.dataset]):
+    for number, part in enumerate(parts(args)):
         found, _, _ = collect(part, PLAN["mu1"][1], args)
         rows = [row for row in PLAN["mu1"][1] if len(found.get(row[0], {})) == args.seeds]
         if not rows:
             fail(f"{args.out} holds no row with {args.seeds} seeds; first: python evaluate.py --table mu1 --dataset {args.dataset} --run")
         rows = sorted(rows, key=lambda row: -np.mean([r["tow"] for r in found[row[0]].values()]))[:3]  # the paper's top three
-        name = f"figure{args.figure}-{args.dataset}-{number}.png"
+        name = f"figure{args.figure}-{args.dataset}-{(args.part or 1) + number}.png"
         if args.figure == 6:
             hardest_people(part, args, rows, name)
             continue
@@ -892,6 +897,7 @@ def parse_args(argv=None):
     what.add_argument("--ceiling", action="store_true", help="train second gold models, seed + 1000, and measure them like a method")
     add("--dataset", choices=SETTINGS, default=None, help="setting of the runs, see SETTINGS; None: toyfaces for mu, digits for ltu")
     add("--seeds", type=int, default=None, help="seeds 0 to this less 1; None: 5 for toyfaces and digits, else 3; papers: 3 and 10")
+    add("--part", type=int, default=0, help="only this part of the setting, 1: the first (10 %% forgotten, fewest identities); 0: all")
     add("--references", type=int, default=2, help="further gold models, seeds + 1000, + 2000, that RMIA has beside the first")
     add("--run", action="store_true", help="make the missing runs first, one after another; finished ones are kept")
     add("--markdown", action="store_true", help="print tables as Markdown")
@@ -911,6 +917,8 @@ def parse_args(argv=None):
     if args.attack:
         args.table = "mu1" if identities else "ltu1"
     args.seeds = args.seeds or (5 if args.dataset in ("toyfaces", "digits") else 3)
+    if not 0 <= args.part <= len(SETTINGS[args.dataset]):
+        fail(f"--part is {args.part}; --dataset {args.dataset} has parts 1 to {len(SETTINGS[args.dataset])}")
     if not 1 <= args.seeds <= 1000 or not 1 <= args.references <= 100:
         fail(f"--seeds ({args.seeds}) and --references ({args.references}) must be at least 1")
     return args

@@ -394,7 +394,7 @@ def test_figures_are_drawn_and_not_empty(run, capsys, number):
     E.main(["--figure", str(number), *places])
     out = capsys.readouterr().out
     assert "Spearman" in out and "identities of 2 splits" in out
-    picture = matplotlib.image.imread(folder / "out" / f"figure{number}-tiny-0.png")[..., :3]
+    picture = matplotlib.image.imread(folder / "out" / f"figure{number}-tiny-1.png")[..., :3]
     assert picture.shape[0] > 300 and picture.std() > 0.05
     assert np.ptp(picture, axis=2).max() < 0.02  # readable in black and white: there is no colour
 
@@ -425,16 +425,16 @@ def test_figure_6_keeps_real_people_out_of_git(run, capsys, monkeypatch):
     folder, places = run
     E.main(["--figure", "6", *places])  # a data set of its own counts as real people
     out = capsys.readouterr().out
-    assert (folder / "data" / "figure6-tiny-0.png").stat().st_size > 5000 and not (folder / "out" / "figure6-tiny-0.png").exists()
+    assert (folder / "data" / "figure6-tiny-1.png").stat().st_size > 5000 and not (folder / "out" / "figure6-tiny-1.png").exists()
     assert "not for publishing" in out and re.search(r"^\d+ +\d+\.\d\d +[+-]", out, re.M)
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    (folder / "data" / "figure6-tiny-0.png").unlink()
+    (folder / "data" / "figure6-tiny-1.png").unlink()
     with pytest.raises(SystemExit):
         E.main(["--figure", "6", *places])
-    assert "real people" in capsys.readouterr().err and not (folder / "data" / "figure6-tiny-0.png").exists()
+    assert "real people" in capsys.readouterr().err and not (folder / "data" / "figure6-tiny-1.png").exists()
     (folder / ".gitignore").write_text("data/\n")
     E.main(["--figure", "6", *places])
-    assert (folder / "data" / "figure6-tiny-0.png").exists()
+    assert (folder / "data" / "figure6-tiny-1.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,6 +448,7 @@ def test_figure_6_keeps_real_people_out_of_git(run, capsys, monkeypatch):
         (["--figure", "4", "--dataset", "cifar10"], "is not about"),
         (["--table", "ltu1", "--seeds", "0"], None),
         (["--table", "ltu9"], "invalid choice"),
+        (["--table", "ltu1", "--part", "3"], "has parts 1 to 2"),
         ([], "required"),
         (["--figure", "4", "--out", "nowhere", "--seeds", "1"], "--table mu1"),
     ],
