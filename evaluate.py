@@ -17,6 +17,7 @@ import argparse
 import json
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from common import (
     accuracy,
     atomic_write,
     average_gap,
+    check_writable,
     choose_device,
     compare,
     confidence,
@@ -63,6 +65,7 @@ _FACES70 = "--image-size 70 --model vit_small_patch14_dinov2 --init vit_small_pa
 _FACES70 += " --lr 1e-4 --weight-decay 0.05 --warmup-epochs 0.5 --crop-scale 0.8 --batch-size 32 --amp"
 SETTINGS = {
     "toyfaces": [("drawn faces, 10 of 120 identities", "--dataset toyfaces --ids 10", None)],
+    "qmnist": [("QMNIST, 20 writers", "--dataset qmnist --ids 20", None)],
     "digits": [
         ("digits, 10 % forgotten", "--dataset digits --forget-ratio 0.1", "CIFAR-10, 10 %"),
         ("digits, 50 % forgotten", "--dataset digits --forget-ratio 0.5", "CIFAR-10, 50 %"),
@@ -96,7 +99,8 @@ OWN_FLAGS = {
     ("digits", "ltu", "--forget-ratio 0.5"): "--alpha 0.1",
     ("cifar10-small", "baselines", ""): "--search",
     ("cifar10-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.05 --beta 0.1",
-    ("faces-small", "baselines", ""): "--search",
+    # Bad Teacher and SCRUB keep the authors' flags: searching them takes passes over all of D for each value and request
+    **{("faces-small", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit")},
     # 561 outer steps, the authors' number for CelebA-HQ/20: 36, 18 or 9 requests an epoch
     ("faces-small", "metaunlearn", "--ids 5"): "--meta-epochs 16",
     ("faces-small", "metaunlearn", "--ids 10"): "--meta-epochs 31",
@@ -124,34 +128,34 @@ PLAN = {
     "mu3": (
         "mu",
         [
-            ("SCRUB", "metaunlearn", "--aux-loss scrub"),
-            ("First term", "metaunlearn", "--aux-loss first --no-accuracy-weight"),
-            ("First term + Accuracy", "metaunlearn", "--aux-loss first"),
-            ("Second term", "metaunlearn", "--aux-loss second --no-accuracy-weight"),
-            ("Second term + Accuracy", "metaunlearn", "--aux-loss second"),
-            ("First & Second terms", "metaunlearn", "--no-accuracy-weight"),
+            ("SCRUB", "metaunlearn", "--preset paper --aux-loss scrub"),
+            ("First term", "metaunlearn", "--preset paper --aux-loss first --no-accuracy-weight"),
+            ("First term + Accuracy", "metaunlearn", "--preset paper --aux-loss first"),
+            ("Second term", "metaunlearn", "--preset paper --aux-loss second --no-accuracy-weight"),
+            ("Second term + Accuracy", "metaunlearn", "--preset paper --aux-loss second"),
+            ("First & Second terms", "metaunlearn", "--preset paper --no-accuracy-weight"),
             ("METAUNLEARN", "metaunlearn", "--preset paper"),
         ],
     ),
     "mu4": (
         "mu",
         [
-            ("logits", "metaunlearn", "--inputs logits"),
-            ("+ features", "metaunlearn", "--inputs logits,features"),
-            ("+ features, targets", "metaunlearn", "--inputs logits,features,targets"),
+            ("logits", "metaunlearn", "--preset paper --inputs logits"),
+            ("+ features", "metaunlearn", "--preset paper --inputs logits,features"),
+            ("+ features, targets", "metaunlearn", "--preset paper --inputs logits,features,targets"),
             ("METAUNLEARN", "metaunlearn", "--preset paper"),
         ],
     ),
-    "mu7": ("mu", [("other N_S", "metaunlearn", "--meta-ids {other}"), ("METAUNLEARN", "metaunlearn", "--preset paper")]),
+    "mu7": ("mu", [("other N_S", "metaunlearn", "--preset paper --meta-ids {other}"), ("METAUNLEARN", "metaunlearn", "--preset paper")]),
     "mu-departures": (  # where metaunlearn.py's head says that paper and code differ or we chose: one at a time
         "mu",
         [
-            ("smooth-L1 distance", "metaunlearn", "--distance smooth_l1"),
-            ("no gradient through D_v", "metaunlearn", "--stop-val-gradient"),
-            ("pairs of 64 images", "metaunlearn", "--pair-size 64"),
-            ("all of D_v in each step", "metaunlearn", "--val-images 0"),
-            ("embeddings frozen", "metaunlearn", "--freeze-embeddings"),
-            ("random last layer", "metaunlearn", "--no-zero-init"),
+            ("smooth-L1 distance", "metaunlearn", "--preset paper --distance smooth_l1"),
+            ("no gradient through D_v", "metaunlearn", "--preset paper --stop-val-gradient"),
+            ("pairs of 64 images", "metaunlearn", "--preset paper --pair-size 64"),
+            ("all of D_v in each step", "metaunlearn", "--preset paper --val-images 0"),
+            ("embeddings frozen", "metaunlearn", "--preset paper --freeze-embeddings"),
+            ("random last layer", "metaunlearn", "--preset paper --no-zero-init"),
             ("METAUNLEARN", "metaunlearn", "--preset paper"),
         ],
     ),
@@ -172,7 +176,7 @@ PLAN = {
             ("first order", "ltu", "--first-order"),
             ("two MI models", "ltu", "--mi-models 2"),
             ("eight MI models", "ltu", "--mi-models 8"),
-            ("twice the iterations", "ltu", "--iterations 120"),
+            ("120 iterations", "ltu", "--iterations 120"),
             *_LTU,
         ],
     ),
@@ -197,16 +201,18 @@ PAPER = {
         _MU_ROWS,
         "84.8 83.0 80.7 95.5 84.4 82.3 80.3 95.6 88.1 80.2 81.2 94.7 78.2 75.9 75.0 85.7 84.6 82.8 80.6 95.6 83.4 82.0 79.6 94.3 "
         "84.5 82.6 80.7 95.7",
-    ),
+    )
+    | {"Retrained": (84.7, 78.6, 80.8)},
     ("mu1", "CelebA-HQ/50"): _rows(
         _MU_ROWS,
         "84.9 83.8 80.8 94.8 83.6 81.9 79.4 95.1 87.0 81.4 81.2 94.7 66.3 65.3 64.7 59.2 84.6 83.7 80.5 94.9 72.7 70.9 70.9 73.7 "
         "84.1 82.5 80.6 95.9",
-    ),
-    ("mu1", "CelebA/5"): _rows(("Trained", "JiT", "METAUNLEARN"), "97.2 97.6 97.2"),
-    ("mu1", "CelebA/10"): _rows(("Trained", "PGU", "METAUNLEARN", "JiT"), "97.3 97.4 97.4 96.9"),
+    )
+    | {"Retrained": (84.6, 79.1, 80.6)},
+    ("mu1", "CelebA/5"): _rows(("Trained", "JiT", "METAUNLEARN", "SSD"), "97.2 97.6 97.2 8.4"),
+    ("mu1", "CelebA/10"): _rows(("Trained", "PGU", "METAUNLEARN", "JiT", "SSD"), "97.3 97.4 97.4 96.9 10.0"),
     ("mu3", "CelebA-HQ/20"): _rows(_LOSSES, "94.3 8.3 8.1 95.7 95.7 95.6 95.8"),
-    ("mu3", "CelebA-HQ/50"): _rows(_LOSSES[1:], "32.4 8.2 95.1 95.7 95.4 95.9"),
+    ("mu3", "CelebA-HQ/50"): _rows(_LOSSES[1:], "32.4 8.2 95.1 95.7 95.4 95.9"),  # SCRUB: out of memory
     ("mu3", "CelebA/5"): _rows(_LOSSES, "51.7 7.6 7.6 97.1 97.2 97.1 97.2"),
     ("mu3", "CelebA/10"): _rows(_LOSSES, "55.4 6.9 6.9 97.4 97.3 97.3 97.4"),
     ("mu4", "CelebA-HQ/20"): _rows(("logits", "+ features", "METAUNLEARN"), "95.0 96.1 95.8"),
@@ -269,7 +275,7 @@ def verdict(mean: float, half: float, more_is_better: bool) -> str:
     """What the paired difference says: better, worse, or within noise where the interval holds 0."""
     if np.isnan(half):
         return "one seed"
-    if abs(mean) <= half or mean == half == 0:
+    if abs(mean) <= half:
         return "within noise"
     return "better" if (mean > 0) == more_is_better else "worse"
 
@@ -277,23 +283,31 @@ def verdict(mean: float, half: float, more_is_better: bool) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading results
 
-KEYS = ("method", "dataset", "setting", "seed", "split_hash", "args", "metrics", "comparison", "tow")
+KEYS = ("method", "dataset", "setting", "seed", "split_hash", "access", "args", "metrics", "comparison", "tow", "seconds")
 
 
-def read_result(path: pathlib.Path) -> tuple[dict | None, str | None]:
-    """(result, None), or (None, why it cannot be used): cut short, of another version, or a dry run."""
+def read_result(path: pathlib.Path, own, kind: str) -> tuple[dict | None, str | None, bool]:
+    """(result, None, False), or (None, why it cannot be used, whether to make it again): a file cut short or of another version is
+    made again; one of another recipe than `own`'s is somebody's, and stays.
+    """
     try:
         result = json.loads(path.read_text())
     except ValueError:
-        return None, "cut short or no JSON"
+        return None, "cut short or no JSON", True
     missing = [key for key in KEYS if not isinstance(result, dict) or key not in result]
     if missing:
-        return None, f"another version: it has no {missing[0]}"
-    for name in ("original", "retrained", "unlearned"):
-        row, table = result["metrics"].get(name, {}), result["comparison"].get(name, {})
-        if not all("score" in row.get(s, {}) for s in ("retain", "forget", "test", "control")) or "control_lost_mean" not in table:
-            return None, f"another version: its row {name} is not complete"
-    return result, None
+        return None, f"another version: it has no {missing[0]}", True
+    try:
+        for name in ("original", "retrained", "unlearned"):
+            quantities(result, name, kind)
+    except (KeyError, TypeError, AttributeError):
+        return None, f"another version: its row {name} is not complete", True
+    for flag in (f for f in training.RECIPE if f not in ("amp", "init")):
+        made = result["args"].get(flag, getattr(own, flag))
+        if made != getattr(own, flag):
+            said = f"--{flag.replace('_', '-')} {made}, this table has {getattr(own, flag)}"
+            return None, f"made with {said}; another --out keeps both", False
+    return result, None, False
 
 
 def original_scores(result) -> list[float]:
@@ -324,8 +338,16 @@ def command(row, part, k, args) -> list[str] | None:
     extra = shlex.split(
         " ".join(f for (name, of, word), f in OWN_FLAGS.items() if (name, of) == (args.dataset, script) and f"{word} " in words)
     )
-    places = ["--out", args.out, "--checkpoint-dir", args.checkpoint_dir, "--data-dir", args.data_dir, "--device", args.device]
-    return [f"{script}.py", *shlex.split(flags), *extra, *shlex.split(own), *seed_flags(flags, k), *places, *shlex.split(args.flags)]
+    return [f"{script}.py", *shlex.split(flags), *extra, *shlex.split(own), *seed_flags(flags, k), *places(args)]
+
+
+def places(args) -> list[str]:
+    """The flags that every script gets. A setting that is no data set, such as faces-small, has a folder of results of its own:
+    its runs have the same names as those of other settings on the same data set.
+    """
+    out = args.out if f"--dataset {args.dataset} " in SETTINGS[args.dataset][0][1] + " " else str(pathlib.Path(args.out) / args.dataset)
+    folders = ["--out", out, "--checkpoint-dir", args.checkpoint_dir, "--data-dir", args.data_dir, "--device", args.device]
+    return folders + shlex.split(args.flags)
 
 
 def parsed(line: list[str]) -> tuple[argparse.Namespace, str]:
@@ -357,16 +379,9 @@ def collect(part, rows, args) -> tuple[dict, list, list]:
                 if row[1]:
                     missing.append((row[0], line))
                 continue
-            result, why = read_result(path)
-            if result is None and row[1]:  # unreadable: to be made again
+            result, why, again = read_result(path, own, "mu" if "--ids" in part[1] else "ltu")
+            if again and row[1]:
                 missing.append((row[0], line))
-            if result is not None:
-                old = [f for f in training.RECIPE if f not in ("amp", "init") and result["args"].get(f, getattr(own, f)) != getattr(own, f)]
-                why = (
-                    f"made with --{old[0].replace('_', '-')} {result['args'][old[0]]}, this table has {getattr(own, old[0])}"
-                    if old
-                    else None
-                )
             if why:
                 skipped.append(f"{path}: {why}")
             else:
@@ -408,7 +423,12 @@ def rows_of(found: dict, kind: str) -> dict:
             table.setdefault(label, {})[k] = quantities(first, name, kind)
     for label, results in found.items():
         table[label] = {
-            k: quantities(result, "unlearned", kind) | {"floor": quantities(result, "original", kind)["main"]}
+            k: quantities(result, "unlearned", kind)
+            | {
+                "floor": quantities(result, "original", kind)["main"],
+                "UT": result["seconds"]["unlearn"] + result["seconds"].get("mi_models", 0),
+                "touches": ", ".join(result["access"]["unlearning"]),
+            }
             for k, result in results.items()
         }
     return table
@@ -425,14 +445,14 @@ def difference(pairs, better: bool) -> str:
     return f"{mean:+.1f}{width} ({verdict(mean, half, better)})"
 
 
-def cells(table: dict, kind: str, paper: dict, reference: str | None) -> list[list[str]]:
+def cells(table: dict, kind: str, paper: dict, reference: str) -> list[list[str]]:
     """Header and rows of one part of a table, as text."""
     if kind == "mu":
         columns, main, better = ["D_r", "D_f", "D_te"], "ToW", True
     else:
         columns, main, better = ["UA", "RA", "TA", "MI"], "average gap", False
-    against = [f"less {reference}"] if reference in table else []
-    header = ["", *columns, main, "less Trained", *against, "D_f less control", f"paper's {main}", "n"]
+    against = [f"less {reference}"] if any(label.split(", ")[0] == reference for label in table) else []
+    header = ["", *columns, main, "less Trained", *against, "D_f less control", f"paper's {main}", "touches", "UT, s", "n"]
     lines = [header]
     for label, by_seed in table.items():
         values = list(by_seed.values())
@@ -443,21 +463,24 @@ def cells(table: dict, kind: str, paper: dict, reference: str | None) -> list[li
         line.append(mean_std([v["main"] for v in values]))
         line.append(difference([(v["main"], v["floor"]) for v in values], better) if "floor" in values[0] else "")
         if against:
-            both = [k for k in by_seed if k in table[reference]]
-            own = label in ("Trained", "Retrained", reference) or not both
-            line.append("" if own else difference([(by_seed[k]["main"], table[reference][k]["main"]) for k in both], better))
+            other = ", ".join([reference, *label.split(", ")[1:]])  # at the same rho in LTU's Table 2
+            both = [k for k in by_seed if k in table.get(other, {})]
+            own = label in ("Trained", "Retrained", other) or not both
+            line.append("" if own else difference([(by_seed[k]["main"], table[other][k]["main"]) for k in both], better))
         line.append(mean_std([v["lost"] for v in values]))
         line.append(paper_cell(paper, label, kind))
-        lines.append([*line, str(len(values))])
+        touches, seconds = values[0].get("touches", ""), [v["UT"] for v in values if "UT" in v]
+        lines.append([*line, touches, mean_std(seconds) if seconds else "", str(len(values))])
     return lines
 
 
 def paper_cell(paper: dict, label: str, kind: str) -> str:
-    """The paper's number for a row: ToW, or the average gap with its UA / RA / TA / MI."""
+    """The paper's number for a row: ToW with its D_r / D_f / D_te, or the average gap with its UA / RA / TA / MI."""
     if label not in paper:
         return ""
     if kind == "mu":
-        return f"{paper[label][-1]:.1f}"
+        *scores, last = (*paper[label], 100.0) if label == "Retrained" else paper[label]
+        return f"{last:.1f}" + (f" ({' / '.join(f'{x:.1f}' for x in scores)})" if scores else "")
     gap = np.mean([abs(a - b) for a, b in zip(paper[label], paper["Retrained"], strict=True)])
     return f"{gap:.2f} ({' / '.join(f'{x:g}' for x in paper[label])})"
 
@@ -489,8 +512,7 @@ def print_table(args, quiet=False) -> int:
         if found:
             shown += 1
             paper = PAPER.get((args.table.replace("mu2", "mu1"), column), {})
-            reference = next(label for label in ("LTU, rho 0.3", "LTU", "METAUNLEARN") if label in [r[0] for r in rows])
-            lines = cells(rows_of(found, kind), kind, paper, reference)
+            lines = cells(rows_of(found, kind), kind, paper, "METAUNLEARN" if kind == "mu" else "LTU")
             say(f"\n{args.table}, {title}" + (f"; paper: {column}" if paper else "") + "\n" + render(lines, args.markdown))
             if "Second gold" not in found:
                 say(f"no second gold model yet: python evaluate.py --ceiling --dataset {args.dataset}")
@@ -531,15 +553,19 @@ def make(missing: list, title: str):
     for i, line in enumerate(lines):
         left = f", about {(time.time() - begin) / i * (len(lines) - i) / 60:.0f} min left" if i else ""
         say(f"[{i + 1}/{len(lines)}] {title}{left}: python {shlex.join(line)}")
-        done = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:], "--resume"])
-        if done.returncode:
-            say(f"that command failed (exit code {done.returncode}); going on with the next")
+        try:
+            code = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:], "--resume"]).returncode
+        except KeyboardInterrupt:
+            code = 130
+        if code in (2, 130):  # a mistake that the person can mend, which every command would meet, or Ctrl-C
+            fail("stopped; what is finished is kept, and the same command goes on")
+        if code:
+            say(f"that command failed (exit code {code}); going on with the next")
 
 
 def recipe(part, k: int, args) -> argparse.Namespace:
     """train.py's arguments for seed k of a part."""
-    places = ["--out", args.out, "--checkpoint-dir", args.checkpoint_dir, "--data-dir", args.data_dir, "--device", args.device]
-    return training.parse_args([*shlex.split(part[1]), *seed_flags(part[1], k), *places, *shlex.split(args.flags), "--resume"])
+    return training.parse_args([*shlex.split(part[1]), *seed_flags(part[1], k), *places(args), "--resume"])
 
 
 def opened(part, k, args):
@@ -567,9 +593,11 @@ def ceiling(args):
         for k in range(args.seeds):
             own = recipe(part, k, args)
             path = result_path(own, "retrain")
-            if path.is_file() and read_result(path)[0]:
-                say(f"{path} is there")
-                continue
+            if path.is_file():
+                result, why, again = read_result(path, own, "mu")
+                say(f"{path} is there" if result else f"{path}: {why}")
+                if not again:
+                    continue
             own, data, split = opened(part, k, args)
             seconds = {}
             model, seconds["train"] = training.train("original", data, split, own)
@@ -612,7 +640,7 @@ MEANING = {
 }
 
 
-def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3):
+def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3) -> torch.Tensor:
     """How sure RMIA is that each x was trained on: the share of population points z that x beats in likelihood ratio by the factor gamma.
 
     LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)], with Pr(.) the mean over reference models that never saw the point, drawn
@@ -621,7 +649,8 @@ def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3):
     with confidences that are means over attributes a factor of 2 hardly occurs, so gamma is 1 here).
     """
     ratio = [p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in ((x, x_references), (z, z_references))]
-    return (ratio[0][:, None] >= gamma * ratio[1][None]).double().mean(1)  # RMIA score
+    share = (ratio[0][:, None] >= gamma * ratio[1][None]).double().mean(1)  # RMIA score
+    return share + 1e-9 * ratio[0] / (1 + ratio[0])  # a small population leaves ties at 1, in which all members hide: LR decides
 
 
 def roc(members, others) -> tuple[float, dict]:
@@ -646,13 +675,15 @@ def membership(sure: dict, references: list[dict]) -> dict:
     return {name: 100 * value for name, value in shares.items()}
 
 
-def unlearned_model(line, model, data, split):
-    """The unlearned model of a command line, from its checkpoint; None where there is none."""
+def checkpoint_of(line) -> pathlib.Path:
     own, name = parsed(line)
-    path = training.checkpoint_folder(own) / f"{name}-seed{own.seed}.pt"
-    if not path.is_file():
-        return None
-    own.amp = bool(own.amp)
+    return training.checkpoint_folder(own) / f"{name}-seed{own.seed}.pt"
+
+
+def unlearned_model(line, model, data, split, amp: bool):
+    """The unlearned model of a command line, from its checkpoint: METAUNLEARN's by one step with its saved meta-loss."""
+    own, path = parsed(line)[0], checkpoint_of(line)
+    own.amp = amp
     if line[0] != "metaunlearn.py":
         return with_parameters(model, load_checkpoint(path, "model", which="unlearned", split=split["hash"])["model"])
     saved = load_checkpoint(path, "meta-loss", split=split["hash"])
@@ -664,8 +695,8 @@ def unlearned_model(line, model, data, split):
     return with_parameters(model, metaunlearn.unlearn(model, h_phi, S, own))
 
 
-def attack_models(part, k, args, had: dict) -> dict:
-    """Attack the models of one seed that `had` lacks: {label: figures}, with those that are there already."""
+def attack_models(part, k, args, rows) -> dict:
+    """Attack the models of one seed, {label: figures}, and write them to a file."""
     own, data, split = opened(part, k, args)
     model, golds = training.train("original", data, split, own)[0], [training.train("gold", data, split, own)[0]]
     golds += [second_gold(data, split, own, i + 1)[0] for i in range(args.references)]
@@ -675,23 +706,33 @@ def attack_models(part, k, args, had: dict) -> dict:
         logits = {s: predict(m, lambda i: raw_batch(data, i), indices, data["device"], own.amp) for s, indices in sets.items()}
         return {s: confidence(logits[s], data["targets"][indices].cpu()) for s, indices in sets.items()}
 
-    known = [sure_of(m) for m in golds]
+    known = [sure_of(m) for m in golds]  # a gold model is attacked with the others as references, so with one fewer
     here = {"Trained": membership(sure_of(model), known), "Retrained": membership(known[0], known[1:])}
     here["Second gold"] = membership(known[1], known[:1] + known[2:])
-    for row in PLAN[args.table][1]:
+    for row in rows:
         line = command(row, part, k, args)
-        if row[0] in had:
-            here[row[0]] = had[row[0]]
-        elif (m := unlearned_model(line, model, data, split)) is not None:
-            here[row[0]] = membership(sure_of(m), known)
+        if line and checkpoint_of(line).is_file():
+            here[row[0]] = membership(sure_of(unlearned_model(line, model, data, split, own.amp)), known)
     content = dict(dataset=data["name"], setting=setting(own), seed=own.seed, split_hash=split["hash"], attacks=here)
     write_json(result_path(own, "attack"), content | dict(references=len(known), args=vars(own), **provenance(data["device"])))
     return here
 
 
+def every_row(kind: str) -> list[tuple]:
+    """The rows of all tables of a kind, each once; one whose label another table gave to another run is named with its table."""
+    rows = {}
+    for table in (t for t in PLAN if PLAN[t][0] == kind):
+        for label, script, own in PLAN[table][1]:
+            if (script, own) not in [r[1:] for r in rows.values()]:
+                label = f"{label} ({table})" if label in rows else label
+                rows[label] = (label, script, own)
+    return list(rows.values())
+
+
 def attack(args):
-    """Membership inference on the two models, the second gold model and every row of a table; --run makes what is missing."""
-    shown = False
+    """Membership inference on the two models, the second gold model and every checkpoint of a table's row; --run makes what is missing."""
+    main, shown = PLAN[args.table][1], False
+    rows = every_row(PLAN[args.table][0])
     for part in parts(args):
         table, absent = {}, set()
         for k in range(args.seeds):
@@ -699,11 +740,15 @@ def attack(args):
             if path.is_file():
                 try:
                     here = json.loads(path.read_text())["attacks"]
-                except (ValueError, KeyError, TypeError):
+                    assert all(set(values) == set(MEANING) for values in here.values()) and "Trained" in here
+                except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
                     say(f"skipped {path}: cut short or of another version")
-            wanted = {"Trained", *(row[0] for row in PLAN[args.table][1])}
+                    here = {}
+            wanted = {row[0] for row in main}
             if args.run and wanted - set(here):
-                here = attack_models(part, k, args, here)
+                lines = [(row[0], command(row, part, k, args)) for row in main]
+                make([(label, line) for label, line in lines if line and not checkpoint_of(line).is_file()], part[0])
+                here = attack_models(part, k, args, rows)
             absent |= wanted - set(here) if here else {f"seed {k}"}
             for label, values in here.items():
                 table.setdefault(label, []).append(values)
@@ -713,8 +758,7 @@ def attack(args):
             lines += [[label, *(mean_std([v[c] for v in values]) for c in MEANING), str(len(values))] for label, values in table.items()]
             say(f"\nmembership inference, {part[0]}; members D_f, non-members D_te, percent\n" + render(lines, args.markdown))
         if absent:
-            first = f"python evaluate.py --table {args.table} --dataset {args.dataset} --run"
-            say(f"{part[0]}: not attacked: {', '.join(sorted(absent))} (runs: {first}; then --attack --run)")
+            say(f"{part[0]}: not attacked: {', '.join(sorted(absent))}; --run makes what is missing")
     if shown:
         say("\nThe goal is Retrained's figure in every column, neither more nor less.")
         for name, meaning in MEANING.items():
@@ -725,7 +769,7 @@ def attack(args):
 # METAUNLEARN's figures 4 to 6
 
 
-def features_of(model, data, indices, own) -> torch.Tensor:
+def features_of(model, data, indices) -> torch.Tensor:
     """Features f of the original model, (n, D), in which all distances are taken."""
     out = []
     with torch.no_grad():
@@ -741,14 +785,18 @@ def people(part, k, args, rows) -> dict:
     unlearned less retrained, mean over rows, percentage points). retain: of each retained identity `distance` (of its centroid
     from the nearest forget identity's) and `change` (its mAP, unlearned less trained).
     """
+    lines = [(row[0], command(row, part, k, args)) for row in rows]
+    absent = [(label, line) for label, line in lines if not checkpoint_of(line).is_file()]
+    if absent and not args.run:
+        fail(f"no checkpoint of {absent[0][0]}, split {k}, in {args.checkpoint_dir}; add --run to make it again")
+    if absent:
+        make(absent, part[0])
     own, data, split = opened(part, k, args)
     model, gold = training.train("original", data, split, own)[0], training.train("gold", data, split, own)[0]
-    models = [unlearned_model(command(row, part, k, args), model, data, split) for row in rows]
-    if any(m is None for m in models):
-        fail(f"no checkpoint of {rows[models.index(None)][0]}, split {k}: delete its result file and use --run to make it again")
+    models = [unlearned_model(line, model, data, split, own.amp) for _, line in lines]
     f, owner = {}, {s: data["identities"][split[s]] for s in ("forget", "retain")}
     for s in ("forget", "retain", "support"):
-        f[s] = features_of(model, data, split[s], own)
+        f[s] = features_of(model, data, split[s])
     centroid = {s: {int(i): f[s][owner[s] == i].mean(0) for i in np.unique(owner[s])} for s in owner}
     logits = {
         s: [predict(m, lambda i: raw_batch(data, i), split[s], data["device"], own.amp) for m in (model, gold, *models)] for s in owner
@@ -771,13 +819,23 @@ def people(part, k, args, rows) -> dict:
     return out
 
 
-def binned(x, y, bins=5) -> list[dict]:
-    """Mean of y and its 95 % interval in `bins` bins of x that hold as many points each."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    order = np.array_split(np.argsort(x, kind="stable"), min(bins, max(1, len(x) // 2)))
+def rank_correlation(x, y) -> float:
+    """Spearman's rank correlation; 0 where y is constant, for then nothing depends on x."""
+    from scipy import stats
+
+    return float(stats.spearmanr(x, y)[0]) if np.ptp(y) else 0.0
+
+
+def binned(points: list, bins=5) -> list[dict]:
+    """Means of y in bins of x that hold as many points each; points: an array (n, 2) for each split.
+
+    Identities of one split share their models, so splits are what is independent: interval over the splits' own means in a bin.
+    """
+    x, y = np.concatenate(points).T
+    split = np.repeat(np.arange(len(points)), [len(p) for p in points])
     out = []
-    for chosen in order:
-        mean, half = interval(y[chosen])
+    for chosen in np.array_split(np.argsort(x, kind="stable"), min(bins, max(1, len(x) // 2))):
+        mean, half = interval([y[chosen][split[chosen] == i].mean() for i in np.unique(split[chosen])])
         out.append(
             {"from": x[chosen].min(), "to": x[chosen].max(), "center": x[chosen].mean(), "n": len(chosen), "mean": mean, "half": half}
         )
@@ -798,18 +856,19 @@ def figure(args):
             continue
         splits = [people(part, k, args, rows) for k in range(args.seeds)]
         who, value = ("forget", "gap") if args.figure == 4 else ("retain", "change")
-        points = [(p["distance"], p[value]) for split in splits for p in split[who] if np.isfinite(p[value])]
-        x, y = zip(*points, strict=True)
-        from scipy import stats
-
-        rank, p = stats.spearmanr(x, y) if np.ptp(y) else (0.0, 1.0)
-        bins = binned(x, y)
+        points = [
+            np.array([(p["distance"], p[value]) for p in split[who] if np.isfinite(p[value])]) for split in splits
+        ]  # of each split (n, 2)
+        points = [np.c_[p[:, 0] / np.median(p[:, 0]), p[:, 1]] for p in points]  # each split's model has its own unit of distance
+        rank = interval([rank_correlation(*p.T) for p in points])
+        bins = binned(points)
         methods = ", ".join(row[0] for row in rows)
-        say(f"\nfigure {args.figure}, {part[0]}: mean of {methods}; {len(x)} identities of {args.seeds} splits")
-        lines = [["distance", "identities", f"{value} (points)"]]
+        say(f"\nfigure {args.figure}, {part[0]}: mean of {methods}; {sum(map(len, points))} identities of {args.seeds} splits")
+        lines = [["distance / median", "identities", f"{value} (points)"]]
         lines += [[f"{b['from']:.2f} to {b['to']:.2f}", str(b["n"]), f"{b['mean']:+.1f} ± {b['half']:.1f}"] for b in bins]
         say(render(lines, args.markdown))
-        say(f"Spearman's rank correlation {rank:+.2f}, p = {p:.2g}" + (" (within noise)" if p > 0.05 else ""))
+        said = {"better": "rises", "worse": "falls"}.get(verdict(*rank, True), verdict(*rank, True))
+        say(f"Spearman's rank correlation, mean over splits: {rank[0]:+.2f} ± {rank[1]:.2f} ({said})")
         path = pathlib.Path(args.out) / name
         draw_bins(path, bins, args.figure, f"{part[0]}; mean of {methods}; n = {args.seeds} splits")
         say(f"figure: {path}")
@@ -824,15 +883,15 @@ def draw_bins(path, bins, number, title):
 
     canvas, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     center, mean, half = (np.array([b[key] for b in bins]) for key in ("center", "mean", "half"))
-    axes.errorbar(center, mean, half, fmt="ko-", capsize=4, linewidth=1, label="mean and 95 % interval")
+    axes.errorbar(center, mean, np.nan_to_num(half), fmt="ko-", capsize=4, linewidth=1, label="mean and 95 % interval over splits")
     for b in bins:
         axes.annotate(f"n = {b['n']}", (b["center"], b["mean"]), xytext=(6, 6), textcoords="offset points", fontsize=8)
     axes.axhline(0, color="0.6", linestyle="--", linewidth=1)
     if number == 4:
-        axes.set_xlabel("Support sample's distance from its identity's centroid (feature units)")
+        axes.set_xlabel("Support sample's distance from its identity's centroid (over the split's median)")
         axes.set_ylabel("accuracy on $D_f$, unlearned less\nretrained (percentage points)")
     else:
-        axes.set_xlabel("retained identity's distance from the nearest forgotten one (feature units)")
+        axes.set_xlabel("retained identity's distance from the nearest forgotten one (over the split's median)")
         axes.set_ylabel("mAP, unlearned less trained\n(percentage points)")
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=8, frameon=False)
@@ -857,8 +916,8 @@ def hardest_people(part, args, rows, name):
     open_to_all = data["name"] in ("toyfaces", "qmnist")
     path = pathlib.Path(args.out if open_to_all else args.data_dir) / name
     if not open_to_all:  # pictures of real people: only where git does not look
-        ignored = subprocess.run(["git", "-C", str(path.parent), "check-ignore", "-q", str(path.resolve())], capture_output=True).returncode
-        if ignored == 1:
+        git = ["git", "-C", str(path.parent), "check-ignore", "-q", str(path.resolve())]
+        if shutil.which("git") and subprocess.run(git, capture_output=True).returncode == 1:
             fail(f"{path} could be committed, and shows real people; give a --data-dir that git ignores")
     import matplotlib
 
@@ -916,9 +975,17 @@ def parse_args(argv=None):
         fail(f"{named} is not about --dataset {args.dataset}; choose {', '.join(right)}")
     if args.attack:
         args.table = "mu1" if identities else "ltu1"
-    args.seeds = args.seeds or (5 if args.dataset in ("toyfaces", "digits") else 3)
+    args.seeds = (5 if args.dataset in ("toyfaces", "digits") else 3) if args.seeds is None else args.seeds
+    try:
+        words = shlex.split(args.flags)
+    except ValueError as error:
+        fail(f"--flags {args.flags}: {str(error).lower()}")
+    if {"--seed", "--split-seed"} & {word.split("=")[0] for word in words}:
+        fail("--flags must leave --seed and --split-seed alone: they number a table's runs; see --seeds")
     if not 0 <= args.part <= len(SETTINGS[args.dataset]):
         fail(f"--part is {args.part}; --dataset {args.dataset} has parts 1 to {len(SETTINGS[args.dataset])}")
+    if args.part and args.table and not parts(args):
+        fail(f"--table {args.table} is about the first part alone")
     if not 1 <= args.seeds <= 1000 or not 1 <= args.references <= 100:
         fail(f"--seeds ({args.seeds}) and --references ({args.references}) must be at least 1")
     return args
@@ -926,9 +993,13 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.run or args.ceiling or args.figure:
+        check_writable(args.out, args.checkpoint_dir)
     if args.table == "all":
         kind = "mu" if "--ids" in SETTINGS[args.dataset][0][1] else "ltu"
         tables = [t for t in PLAN if PLAN[t][0] == kind and t != "mu2"]  # mu2 is mu1 on CelebA
+        if not any(pathlib.Path(places(args)[1]).glob("*/*.json")):
+            say(f"{places(args)[1]} holds no result; first: python evaluate.py --table {kind}1 --dataset {args.dataset} --run")
         return sum(print_table(argparse.Namespace(**vars(args) | {"table": t}), quiet=True) for t in tables)
     if args.table and not args.attack:
         return print_table(args)
