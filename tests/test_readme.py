@@ -131,6 +131,20 @@ def test_every_tagged_equation_is_in_readme():
                 assert (file, n) in listed, f"{file}:{n} is tagged and not in README's table: {line.strip()}"
 
 
+def test_the_access_table_is_what_the_baselines_get():
+    import baselines
+    import evaluate
+
+    text = (ROOT / "README.md").read_text().split("**What each method may touch**")[1]
+    rows = {name: cells for name, *cells in re.findall(r"^\| ([\w ]+) \| (`.*?`.*?) \| (`.*?`.*?) \|$", text, re.M)}
+    for label, script, own in evaluate.PLAN["ltu1"][1]:
+        if script == "baselines":
+            shown = rows["Bad Teacher" if label == "BadT" else label]
+            for cell, dataset in zip(shown, ("digits", "toyfaces"), strict=True):
+                args = baselines.parse_args([*own.split(), "--dataset", dataset])
+                assert re.findall(r"`(\w+)`", cell) == baselines.allowed_names(own.split()[1], args), (label, dataset)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_tables_are_what_evaluate_prints(page):
     tables = TABLE.findall(page.read_text())
