@@ -557,7 +557,7 @@ def make(missing: list, title: str):
             code = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:], "--resume"]).returncode
         except KeyboardInterrupt:
             code = 130
-        if code in (2, 130):  # a mistake that the person can mend, which every command would meet, or Ctrl-C
+        if code == 130 or (code == 2 and i == 0):  # Ctrl-C, or a mistake that every command would meet
             fail("stopped; what is finished is kept, and the same command goes on")
         if code:
             say(f"that command failed (exit code {code}); going on with the next")
