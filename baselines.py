@@ -94,7 +94,7 @@ ACCESS = {
 FORGET_IS_SUPPORT = ("ga", "ssd", "pgu", "jit")  # in the identity protocol, as METAUNLEARN's Table 1 has SSD, PGU and JiT
 
 # Presets of each method; (method, dataset) or (method, "identities") stands over (method), a flag on the command line over all.
-# The plain ones: what --search chose most often on five seeds of the digits, rho 0.3. toyfaces: on one split. celeba, celebahq:
+# The plain ones: what --search chose most often on five seeds of the digits, rho 0.3. toyfaces: on five splits. celeba, celebahq:
 # METAUNLEARN's authors' code. cifar10: SalUn's and SCRUB's code.
 PRESETS = {
     "ft": dict(unlearn_lr=0.03, unlearn_epochs=10),
@@ -109,8 +109,13 @@ PRESETS = {
     "pgu": dict(unlearn_lr=0.01, unlearn_epochs=10, pgu_gamma=0.9),
     "jit": dict(unlearn_lr=0.003, unlearn_epochs=1, jit_sigma=0.5),
     ("ga", "identities"): dict(unlearn_lr=0.003, unlearn_epochs=1),  # one step: the bar that METAUNLEARN has to clear
+    ("ft", "toyfaces"): dict(unlearn_lr=0.1),
+    ("randl", "toyfaces"): dict(unlearn_lr=0.03),
     ("ga", "toyfaces"): dict(unlearn_lr=0.3),
-    ("ssd", "toyfaces"): dict(ssd_alpha=5.0, ssd_lambda=0.5),
+    ("amnesiac", "toyfaces"): dict(unlearn_lr=1e-3),
+    ("ssd", "toyfaces"): dict(ssd_alpha=10.0, ssd_lambda=1.0),
+    ("badt", "toyfaces"): dict(unlearn_lr=1e-5),
+    ("salun", "toyfaces"): dict(unlearn_lr=0.01, mask_share=0.5),
     ("pgu", "toyfaces"): dict(unlearn_lr=1.0),
     ("jit", "toyfaces"): dict(unlearn_lr=0.3),
     ("ft", "cifar10"): dict(unlearn_lr=0.01, unlearn_batch_size=256),

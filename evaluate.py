@@ -56,9 +56,11 @@ HERE = pathlib.Path(__file__).parent
 SCRIPTS = {"metaunlearn": metaunlearn, "ltu": ltu, "baselines": baselines}
 
 # --dataset: the parts of a table, each (title, flags of every script, column of PAPER), and per script the flags that are its own.
-# cifar10-small and the small faces are what two CPU cores can do; the others are the papers' experiments.
+# cifar10-small, tinyimagenet-small and the small faces are what two CPU cores can do; the others are the papers' experiments.
 _CIFAR = "--dataset cifar10 --image-size 16 --train-images 6000 --model toy_resnet --augment none --schedule cosine --keep last"
 _CIFAR += " --epochs 40 --batch-size 64 --warmup-epochs 1"
+_TINY = "--dataset tinyimagenet --image-size 32 --train-images 3000 --model toy_vit --augment none --keep last --epochs 40 --lr 2e-3"
+_TINY += " --optimizer adamw --weight-decay 0.05 --batch-size 64 --warmup-epochs 2"
 _FACES32 = "--image-size 32 --model toy_vit --init none --epochs 40 --optimizer adamw --lr 2e-3 --warmup-epochs 2 --crop-scale 0.8"
 _FACES32 += " --batch-size 64 --weight-decay 0.05"
 _FACES70 = "--image-size 70 --model vit_small_patch14_dinov2 --init vit_small_patch14_dinov2.safetensors --epochs 5 --optimizer adamw"
@@ -81,6 +83,9 @@ SETTINGS = {
     "tinyimagenet": [
         ("Tiny-ImageNet, 10 % forgotten", "--dataset tinyimagenet --forget-ratio 0.1", "Tiny-ImageNet, 10 %"),
         ("Tiny-ImageNet, 50 % forgotten", "--dataset tinyimagenet --forget-ratio 0.5", "Tiny-ImageNet, 50 %"),
+    ],
+    "tinyimagenet-small": [
+        ("3,000 images of 20 classes of Tiny-ImageNet at 32 px, ViT, 10 % forgotten", _TINY + " --forget-ratio 0.1", "Tiny-ImageNet, 10 %")
     ],
     "faces-small": [
         (f"CelebA faces at 32 px, {n} identities", f"--dataset celeba --ids {n} {_FACES32}", f"CelebA/{n}") for n in (5, 10, 20)
