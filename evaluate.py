@@ -182,6 +182,7 @@ PLAN = {
             ("two MI models", "ltu", "--mi-models 2"),
             ("eight MI models", "ltu", "--mi-models 8"),
             ("120 iterations", "ltu", "--iterations 120"),
+            ("all of D_r (rho 1)", "ltu", "--rho 1"),
             *_LTU,
         ],
     ),
