@@ -104,6 +104,8 @@ OWN_FLAGS = {
     ("digits", "ltu", "--forget-ratio 0.5"): "--alpha 0.1",
     ("cifar10-small", "baselines", ""): "--search",
     ("cifar10-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.05 --beta 0.1",
+    ("tinyimagenet-small", "baselines", ""): "--search",
+    ("tinyimagenet-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.01 --beta 0.01",
     # Bad Teacher and SCRUB keep the authors' flags: searching them takes passes over all of D for each value and request
     **{("faces-small", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit")},
     # 561 outer steps, the authors' number for CelebA-HQ/20: 36, 18 or 9 requests an epoch
