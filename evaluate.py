@@ -450,7 +450,8 @@ def difference(pairs, better: bool) -> str:
     """Paired difference with its interval and what it says."""
     mean, half = interval([a - b for a, b in pairs])
     width = "" if np.isnan(half) else f" ± {half:.1f}"
-    return f"{mean:+.1f}{width} ({verdict(mean, half, better)})"
+    said = "no difference" if abs(mean) < 0.05 and not abs(mean) <= half else verdict(mean, half, better)  # it would print as 0.0
+    return f"{mean:+.1f}{width} ({said})"
 
 
 def cells(table: dict, kind: str, paper: dict, reference: str) -> list[list[str]]:

@@ -90,6 +90,7 @@ def test_verdict_is_the_t_tests():
             assert E.verdict(mean, half, more_is_better=False) == {"better": "worse", "worse": "better"}[said]
         seen.add(said)
     assert seen == {"within noise", "better", "worse"}
+    assert E.difference([(1.01, 1.0), (1.011, 1.0), (1.012, 1.0)], True) == "+0.0 ± 0.0 (no difference)"
     assert E.verdict(*E.interval([1.0]), True) == "one seed" and E.verdict(*E.interval([0.0, 0.0]), True) == "within noise"
 
 
