@@ -106,6 +106,7 @@ OWN_FLAGS = {
     ("cifar10-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.05 --beta 0.1",
     ("tinyimagenet-small", "baselines", ""): "--search",
     ("tinyimagenet-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.01 --beta 0.01",
+    **{("faces-small", "baselines", f"--method {m}"): "--unlearn-epochs 3" for m in ("ft", "randl", "amnesiac", "salun")},
     # Bad Teacher and SCRUB keep the authors' flags: searching them takes passes over all of D for each value and request
     **{("faces-small", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit")},
     # 561 outer steps, the authors' number for CelebA-HQ/20: 36, 18 or 9 requests an epoch
@@ -154,6 +155,13 @@ PLAN = {
         ],
     ),
     "mu7": ("mu", [("other N_S", "metaunlearn", "--preset paper --meta-ids {other}"), ("METAUNLEARN", "metaunlearn", "--preset paper")]),
+    "mu-others": (  # LTU's baselines, made to forget identities
+        "mu",
+        [
+            *[(label, "baselines", f"--method {m}") for label, m in _ALL if m in ("ft", "randl", "amnesiac", "fisher", "salun")],
+            ("METAUNLEARN", "metaunlearn", "--preset paper"),
+        ],
+    ),
     "mu-departures": (  # where metaunlearn.py's head says that paper and code differ or we chose: one at a time
         "mu",
         [
