@@ -905,10 +905,10 @@ def draw_bins(path, bins, number, title):
         axes.annotate(f"n = {b['n']}", (b["center"], b["mean"]), xytext=(6, 6), textcoords="offset points", fontsize=8)
     axes.axhline(0, color="0.6", linestyle="--", linewidth=1)
     if number == 4:
-        axes.set_xlabel("Support sample's distance from its identity's centroid (over the split's median)")
+        axes.set_xlabel("Support sample's distance from its identity's centroid (1: the split's median)", fontsize=9)
         axes.set_ylabel("accuracy on $D_f$, unlearned less\nretrained (percentage points)")
     else:
-        axes.set_xlabel("retained identity's distance from the nearest forgotten one (over the split's median)")
+        axes.set_xlabel("retained identity's distance from the nearest forgotten one (1: the split's median)", fontsize=9)
         axes.set_ylabel("mAP, unlearned less trained\n(percentage points)")
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=8, frameon=False)
