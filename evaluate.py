@@ -818,7 +818,7 @@ def people(part, k, args, rows) -> dict:
     logits = {
         s: [predict(m, lambda i: raw_batch(data, i), split[s], data["device"], own.amp) for m in (model, gold, *models)] for s in owner
     }
-    out = {"forget": [], "retain": [], "split": split, "data": data, "own": own}
+    out = {"forget": [], "retain": [], "split": split, "data": data}
     for s in owner:
         y = data["targets"][split[s]].cpu()
         for i in centroid[s]:
@@ -988,7 +988,7 @@ def parse_args(argv=None):
     identities = "--ids" in SETTINGS[args.dataset][0][1]
     if (args.table not in (None, "all") or args.figure) and identities != faces:
         named = f"--table {args.table}" if args.table else f"--figure {args.figure}"
-        right = [name for name, parts in SETTINGS.items() if ("--ids" in parts[0][1]) == faces]
+        right = [name for name, own in SETTINGS.items() if ("--ids" in own[0][1]) == faces]
         fail(f"{named} is not about --dataset {args.dataset}; choose {', '.join(right)}")
     if args.attack:
         args.table = "mu1" if identities else "ltu1"

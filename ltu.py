@@ -87,8 +87,8 @@ from data import (
 from train import PRESETS as TRAINING_PRESETS
 from train import RECIPE_RANGES, add_recipe_arguments, checkpoint_folder, train
 
-# What --dataset brings along; a flag on the command line wins. digits: searched, see README; the others are starting points, not
-# tuned at full size.
+# What --dataset brings along; a flag on the command line wins. digits: searched, see results/README.md; the others are starting
+# points, not tuned at full size.
 _DATASETS = {
     "digits": dict(alpha=0.2, beta=0.01, iterations=60, support_size=64),
     "cifar10": dict(alpha=0.1, beta=0.1, iterations=160, support_size=256),

@@ -137,6 +137,20 @@ def test_average_gap_against_numpy(tmp_path):
     assert row["paper's average gap"] == "0.36 (4.37 / 99.83 / 93.95 / 12.97)"  # the paper says 0.36 itself
 
 
+def test_a_row_of_table_2_is_compared_with_ltu_at_its_own_rho(tmp_path):
+    shown = {"FT, rho 0.1": (90.0,) * 4, "LTU, rho 0.1": (80.0,) * 4, "FT, rho 0.3": (90.0,) * 4, "LTU, rho 0.3": (95.0,) * 4}
+    for label, values in shown.items():
+        for k in range(2):
+            write(tmp_path, "digits", "ltu2", label, k, made("ltu", ORIGINAL, GOLD, tuple(v + k for v in values)))
+    found, _, _ = E.collect(E.SETTINGS["digits"][0], E.PLAN["ltu2"][1], settings("digits", "ltu2", tmp_path, 2))
+    lines = E.cells(E.rows_of(found, "ltu"), "ltu", {}, "LTU")
+    column = {line[0]: line[lines[0].index("less LTU")] for line in lines[1:]}
+    gap = lambda label, k: np.mean([abs(v + k - g) for v, g in zip(shown[label], GOLD, strict=True)])
+    for rho in ("0.1", "0.3"):
+        mean = np.mean([gap(f"FT, rho {rho}", k) - gap(f"LTU, rho {rho}", k) for k in range(2)])
+        assert column[f"FT, rho {rho}"].startswith(f"{mean:+.1f}") and column[f"LTU, rho {rho}"] == ""
+
+
 GOLDEN = """
 mu1, drawn faces, 10 of 120 identities
              D_r         D_f         D_te        ToW          less Trained               less METAUNLEARN     D_f less control  paper's ToW  touches  UT, s      n
@@ -307,6 +321,13 @@ def test_rmia_against_a_plain_loop(gamma, a, module=E):
     assert np.allclose(got, want) and 0 < np.mean(want) < 1
 
 
+def test_a_small_population_hides_no_member(module=E):
+    """Where all members beat every z their shares tie at 1; LR must still order them, or one easy test image hides them all."""
+    x, z = torch.tensor([0.9, 0.99, 0.95]).double(), torch.tensor([0.1, 0.2]).double()
+    got = module.rmia(x, torch.full((2, 3), 0.5).double(), z, torch.full((2, 2), 0.5).double())
+    assert torch.allclose(got, torch.ones(3).double()) and got.argsort().tolist() == [0, 2, 1]
+
+
 def test_attacks_have_known_answers(module=E):
     """On a gold model all are at chance; on the original they are not, and RMIA, which knows how easy an image is, finds more."""
     original, golds = confidences(n=2000)
@@ -475,6 +496,19 @@ def test_figures_distances_against_a_loop(run):
     person = shown["retain"][3]
     center = np.mean([feature(i) for i in split["retain"] if owner[i] == person["identity"]], 0)
     assert min(np.linalg.norm(center - c) for c in centers.values()) == pytest.approx(person["distance"], rel=1e-3)
+    models = [E.unlearned_model(E.command(row, part, 0, args), model, data, split, False) for row in E.PLAN["mu1"][1]]
+    gold, labels = T.train("gold", data, split, own)[0], data["targets"]
+
+    def right(m, indices):
+        return ((m(E.raw_batch(data, indices))[1] > 0) == (labels[indices] > 0.5)).float().mean().item()
+
+    mine = [i for i in split["forget"] if owner[i] == shown["forget"][1]["identity"]]
+    gap = 100 * (np.mean([right(m, mine) for m in models]) - right(gold, mine))  # above 0: knows them still
+    assert shown["forget"][1]["gap"] == pytest.approx(gap, abs=1e-3)
+    mine = [i for i in split["retain"] if owner[i] == person["identity"]]
+    average = lambda m: E.score(m(E.raw_batch(data, mine))[1].detach(), labels[mine])
+    assert person["change"] == pytest.approx(100 * (np.mean([average(m) for m in models]) - average(model)), abs=1e-3)
+    assert any(abs(p["change"]) > 1e-6 for p in shown["retain"]) and any(abs(p["gap"]) > 1e-6 for p in shown["forget"])
     assert len(shown["forget"]) == 4 and len(shown["retain"]) == len(np.unique(owner[split["retain"]]))
 
 
