@@ -454,12 +454,16 @@ def mean_std(values) -> str:
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
 
 
+def with_half(mean: float, half: float, digits=1) -> str:
+    """Mean with half of its interval, where there is one."""
+    return f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
 def difference(pairs, better: bool) -> str:
     """Paired difference with its interval and what it says."""
     mean, half = interval([a - b for a, b in pairs])
-    width = "" if np.isnan(half) else f" ± {half:.1f}"
     said = "no difference" if abs(mean) < 0.05 and not abs(mean) <= half else verdict(mean, half, better)  # it would print as 0.0
-    return f"{mean:+.1f}{width} ({said})"
+    return f"{with_half(mean, half)} ({said})"
 
 
 def cells(table: dict, kind: str, paper: dict, reference: str) -> list[list[str]]:
@@ -882,10 +886,10 @@ def figure(args):
         methods = ", ".join(row[0] for row in rows)
         say(f"\nfigure {args.figure}, {part[0]}: mean of {methods}; {sum(map(len, points))} identities of {args.seeds} splits")
         lines = [["distance / median", "identities", f"{value} (points)"]]
-        lines += [[f"{b['from']:.2f} to {b['to']:.2f}", str(b["n"]), f"{b['mean']:+.1f} ± {b['half']:.1f}"] for b in bins]
+        lines += [[f"{b['from']:.2f} to {b['to']:.2f}", str(b["n"]), with_half(b["mean"], b["half"])] for b in bins]
         say(render(lines, args.markdown))
         said = {"better": "rises", "worse": "falls"}.get(verdict(*rank, True), verdict(*rank, True))
-        say(f"Spearman's rank correlation, mean over splits: {rank[0]:+.2f} ± {rank[1]:.2f} ({said})")
+        say(f"Spearman's rank correlation, mean over splits: {with_half(*rank, 2)} ({said})")
         path = pathlib.Path(args.out) / name
         draw_bins(path, bins, args.figure, f"{part[0]}; mean of {methods}; n = {args.seeds} splits")
         say(f"figure: {path}")

@@ -477,6 +477,9 @@ def test_figures_are_drawn_and_not_empty(run, capsys, number):
     picture = matplotlib.image.imread(folder / "out" / f"figure{number}-tiny-1.png")[..., :3]
     assert picture.shape[0] > 300 and picture.std() > 0.05
     assert np.ptp(picture, axis=2).max() < 0.02  # readable in black and white: there is no colour
+    E.main(["--figure", str(number), *places, "--seeds", "1"])
+    out = capsys.readouterr().out
+    assert "(one seed)" in out and "nan" not in out.lower()
 
 
 def test_figures_distances_against_a_loop(run):
