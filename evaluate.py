@@ -517,7 +517,7 @@ def render(lines: list[list[str]], markdown: bool) -> str:
 def print_table(args, quiet=False) -> int:
     """Print the table part by part; returns how many runs are missing. The last row is what the others are compared with.
 
-    quiet, for --table all: tables without a result are left out, and missing runs are counted but not listed.
+    quiet, for --table all: tables without a row of their own are left out, and missing runs are counted but not listed.
     """
     kind, rows = PLAN[args.table]
     shown = missing_runs = 0
@@ -530,6 +530,8 @@ def print_table(args, quiet=False) -> int:
         missing_runs += len(missing)
         for reason in skipped:
             say(f"skipped {reason}")
+        if quiet and args.table not in ("mu1", "ltu1") and set(found) <= {"Second gold", rows[-1][0]}:
+            continue  # only the row that ablations are compared with
         if found:
             shown += 1
             paper = PAPER.get((args.table.replace("mu2", "mu1"), column), {})
@@ -891,7 +893,7 @@ def figure(args):
         said = {"better": "rises", "worse": "falls"}.get(verdict(*rank, True), verdict(*rank, True))
         say(f"Spearman's rank correlation, mean over splits: {with_half(*rank, 2)} ({said})")
         path = pathlib.Path(args.out) / name
-        draw_bins(path, bins, args.figure, f"{part[0]}; mean of {methods}; n = {args.seeds} splits")
+        draw_bins(path, bins, args.figure, f"{part[0]}; n = {args.seeds} splits\nmean of {methods}")
         say(f"figure: {path}")
 
 
@@ -908,6 +910,7 @@ def draw_bins(path, bins, number, title):
     for b in bins:
         axes.annotate(f"n = {b['n']}", (b["center"], b["mean"]), xytext=(6, 6), textcoords="offset points", fontsize=8)
     axes.axhline(0, color="0.6", linestyle="--", linewidth=1)
+    axes.margins(x=0.12)  # room for the last bin's label
     if number == 4:
         axes.set_xlabel("Support sample's distance from its identity's centroid (1: the split's median)", fontsize=9)
         axes.set_ylabel("accuracy on $D_f$, unlearned less\nretrained (percentage points)")

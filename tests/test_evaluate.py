@@ -466,6 +466,16 @@ def test_unlearned_models_are_those_that_were_measured(run):
         assert got == pytest.approx(found[row[0]][1]["metrics"]["unlearned"]["forget"]["score"], abs=1e-6)
 
 
+def test_all_leaves_out_tables_without_a_row_of_their_own(faces, capsys):
+    """METAUNLEARN's own row stands in mu3 too; alone it says nothing that mu1 does not. With one of mu3's rows the table is back."""
+    places = ["--table", "all", "--dataset", "toyfaces", "--seeds", "3", "--out", str(faces)]
+    E.main(places)
+    assert re.findall(r"^(mu\w+),", capsys.readouterr().out, re.M) == ["mu1"]
+    write(faces, "toyfaces", "mu3", "First term", 0, made("mu", ORIGINAL, GOLD, UNLEARNED["GA"][0]))
+    E.main(places)
+    assert re.findall(r"^(mu\w+),", capsys.readouterr().out, re.M) == ["mu1", "mu3"]
+
+
 @pytest.mark.parametrize("number", [4, 5])
 def test_figures_are_drawn_and_not_empty(run, capsys, number):
     import matplotlib.image
