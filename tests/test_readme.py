@@ -159,7 +159,9 @@ def test_tables_are_what_evaluate_prints(page):
     tables = TABLE.findall(page.read_text())
     assert tables
     if mine := replaced_results():
-        pytest.skip(f"README's commands were run here and replaced committed results, such as {mine[0]}; git checkout results brings them back")
+        pytest.skip(
+            f"README's commands were run here and replaced committed results, such as {mine[0]}; git checkout results brings them back"
+        )
     for _, arguments, text, _ in tables:
         assert text == printed(arguments), f"{arguments}: README's table is not that of results/; run python tests/test_readme.py"
 
