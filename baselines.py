@@ -8,8 +8,8 @@ Usage:
 
 One function a method, (student, data, have, args, rng): student is a copy of the model in eval mode, changed in place; `have`
 holds the image indices that this method may touch, and nothing else (ACCESS). Retrain is train.py's gold model. Both protocols:
-random samples (cross entropy) and identities (binary cross entropy of each attribute), where SSD, PGU, JiT and, by us, GA have the
-Support set in place of D_f, as METAUNLEARN's Table 1 has them. Multi-label versions are principled: a Bernoulli for each
+random samples (cross entropy) and identities (binary cross entropy of each attribute), where SSD, PGU, JiT and, by us, GA and Influence have the
+Support set in place of D_f, as METAUNLEARN's Table 1 has them (--all-pictures: D_f). Multi-label versions are principled: a Bernoulli for each
 attribute, where published code takes a softmax over attributes.
 
 Symbols: theta model, D_f forget set (or Support S), D_r retain set (its share rho), D training set, p = |D_f| / |D|.
@@ -27,8 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
     LABELS,
@@ -41,9 +39,12 @@ from common import (
     check_writable,
     choose_device,
     compare,
+    curvature,
     fail,
     generator,
+    label_gradients,
     measure,
+    natural,
     paper_figures,
     parse_with_presets,
     plot,
@@ -57,6 +58,7 @@ from common import (
     score,
     task_losses,
     tow,
+    wide,
     write_json,
 )
 from data import (
@@ -90,8 +92,10 @@ ACCESS = {
     "scrub": ("forget", "retain"),
     "pgu": ("forget", "statistics"),
     "jit": ("forget",),
+    "influence": ("forget", "statistics"),
 }
-FORGET_IS_SUPPORT = ("ga", "ssd", "pgu", "jit")  # in the identity protocol, as METAUNLEARN's Table 1 has SSD, PGU and JiT
+# In the identity protocol, as METAUNLEARN's Table 1 has SSD, PGU and JiT; --all-pictures gives them D_f.
+FORGET_IS_SUPPORT = ("ga", "ssd", "pgu", "jit", "influence")
 
 # Presets of each method; (method, dataset) or (method, "identities") stands over (method), a flag on the command line over all.
 # The plain ones: what --search chose most often on five seeds of the digits, rho 0.3. toyfaces: on five splits. celeba, celebahq:
@@ -108,6 +112,8 @@ PRESETS = {
     "scrub": dict(unlearn_lr=0.01, unlearn_epochs=5, ascent_epochs=2, temperature=4.0),
     "pgu": dict(unlearn_lr=0.01, unlearn_epochs=10, pgu_gamma=0.9),
     "jit": dict(unlearn_lr=0.003, unlearn_epochs=1, jit_sigma=0.5),
+    "influence": dict(damping=1e-5, radius=1.0),
+    ("influence", "identities"): dict(damping=0.01, radius=1.0),
     ("ga", "identities"): dict(unlearn_lr=0.003, unlearn_epochs=1),  # one step: the bar that METAUNLEARN has to clear
     ("ft", "toyfaces"): dict(unlearn_lr=0.1),
     ("randl", "toyfaces"): dict(unlearn_lr=0.03),
@@ -144,6 +150,7 @@ GRIDS = {  # what --search tries
     "scrub": dict(unlearn_lr=(0.001, 0.003, 0.01), ascent_epochs=(1, 2)),
     "pgu": dict(unlearn_lr=(0.01, 0.05, 0.2, 1.0), pgu_gamma=(0.9, 0.95)),
     "jit": dict(unlearn_lr=(0.003, 0.03, 0.3), jit_sigma=(0.1, 0.5, 2.0)),
+    "influence": dict(damping=(1e-5, 1e-4, 1e-3, 1e-2), radius=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 4.0)),
 }
 _STEP = ("unlearn_lr", "unlearn_epochs", "unlearn_batch_size")
 _LOOP = (*_STEP, "unlearn_optimizer", "unlearn_decay")
@@ -159,6 +166,7 @@ USES = {  # the flags that each method looks at; in its file's name where they d
     "scrub": (*_LOOP, "temperature", "scrub_alpha", "scrub_gamma", "ascent_epochs", "ascent_steps"),
     "pgu": (*_STEP, "pgu_gamma"),
     "jit": (*_STEP, "jit_sigma", "jit_noises"),
+    "influence": ("unlearn_batch_size", "damping", "radius"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,11 +211,6 @@ def stored(have, key, compute):
     if key not in kept:
         kept[key] = compute()
     return kept[key]
-
-
-def wide(t: Tensor) -> Tensor:
-    """float64, for long sums; on the CPU where the device has none (MPS)."""
-    return t.double() if t.device.type != "mps" else t.cpu().double()
 
 
 def divergence(teacher: Tensor, student: Tensor, T: float, multilabel: bool) -> Tensor:
@@ -313,26 +316,11 @@ def fisher(student, data, have, args, rng):
 
 def fisher_diagonal(model, data, indices, args, rng) -> dict:
     """Diagonal of the Fisher information of the model's own labels, {name: float64 tensor}; batch norm in eval mode."""
-    theta, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    theta = {k: p.detach() for k, p in theta.items()}
-
-    def log_likelihood(theta, image, label):
-        logits = functional_call(model, (theta, buffers), (image[None],))[1]
-        return -task_losses(logits, label[None]).sum() * (label.numel() if label.ndim else 1)  # sum over attributes, not mean
-
-    total = {k: wide(torch.zeros_like(p)) for k, p in theta.items()}
-    with sdpa_kernel(SDPBackend.MATH):
-        for batch in indices.split(args.unlearn_batch_size):
-            x = raw_batch(data, batch)
-            with torch.no_grad():
-                logits = model(x)[1].cpu()
-            if data["targets"].ndim == 2:
-                y = torch.bernoulli(logits.sigmoid(), generator=rng)
-            else:
-                y = torch.multinomial(logits.softmax(1), 1, generator=rng)[:, 0]
-            g = vmap(grad(log_likelihood), in_dims=(None, 0, 0))(theta, x, y.to(x.device))  # {name: (B, ...)}
-            for k in total:
-                total[k] += wide(g[k]).pow(2).sum(0)
+    total = {k: wide(torch.zeros_like(p)) for k, p in model.named_parameters()}
+    load_images, multilabel = lambda i: raw_batch(data, i), data["targets"].ndim == 2
+    for g in label_gradients(model, load_images, indices, multilabel, rng, args.unlearn_batch_size):  # {name: (B, ...)}
+        for k in total:
+            total[k] += wide(g[k]).pow(2).sum(0)
     return {k: t / len(indices) for k, t in total.items()}
 
 
@@ -534,7 +522,31 @@ def jit(student, data, have, args, rng):
             descend(optimizer, loss)
 
 
-METHODS = {f.__name__: f for f in (ft, randl, ga, amnesiac, fisher, ssd, badt, salun, scrub, pgu, jit)}
+def influence(student, data, have, args, rng):
+    """Influence: one Newton step away from D_f, theta + c (F + lambda)^-1 grad L(D_f), scaled to the length --radius. Ours: no row of
+    either paper; what a step needs to know of the data that stays.
+
+    Source: influence functions (Koh & Liang 2017), as unlearning Guo et al. 2020 and Golatkar et al. 2020. H is taken to be the Fisher information
+    F of the data to keep (random samples: D \\ D_f; identities: D, as for PGU), a statistic that can be stored before the data is gone; see
+    `curvature`. The length is searched because F of a model that fits its data is far too small for the theory's 1 / |D_r|.
+    """
+    D = have["statistics"]
+    kept = D if args.forget == "identities" else D[~torch.isin(D, have["forget"])]
+    load_images, multilabel = lambda i: raw_batch(data, i), data["targets"].ndim == 2
+    F_kept = stored(have, "curvature", lambda: curvature(student, load_images, kept, multilabel, args.seed, args.split_seed, 11))
+    theta = dict(student.named_parameters())
+    g = {k: torch.zeros_like(p) for k, p in theta.items()}
+    for batch in have["forget"].split(args.unlearn_batch_size):
+        loss = task_losses(logits_of(student, raw_batch(data, batch), args), targets_of(data, batch)).sum() / len(have["forget"])
+        torch._foreach_add_(list(g.values()), torch.autograd.grad(loss, list(theta.values())))
+    step = natural(F_kept, g, args.damping)
+    length = sum(wide(d).pow(2).sum() for d in step.values()).sqrt().item()
+    with torch.no_grad():
+        for k, p in theta.items():
+            p += args.radius / max(length, 1e-30) * step[k]
+
+
+METHODS = {f.__name__: f for f in (ft, randl, ga, amnesiac, fisher, ssd, badt, salun, scrub, pgu, jit, influence)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running one
@@ -561,7 +573,7 @@ def allowed(method: str, sets: dict, args) -> dict:
 def allowed_names(method: str, args) -> list[str]:
     """The sets that the method may touch, by their true names: with identities, `support` stands in for `forget` where it should."""
     names = ACCESS[method] if not args.ledger else ("retain", "ledger")
-    swap = args.forget == "identities" and method in FORGET_IS_SUPPORT
+    swap = args.forget == "identities" and method in FORGET_IS_SUPPORT and not args.all_pictures
     return ["support" if name == "forget" and swap else name for name in names]
 
 
@@ -654,6 +666,8 @@ RANGES += [
     ("pgu_gamma", 1e-6, 1),
     ("jit_sigma", 1e-6, 1e6),
     ("jit_noises", 1, 1e4),
+    ("damping", 1e-12, 1e6),
+    ("radius", 1e-9, 1e6),
 ]
 
 
@@ -685,6 +699,13 @@ def parse_args(argv=None):
     add("--pgu-gamma", type=float, default=0.9, help="PGU: share of singular values that the kept space reaches; paper: 0.9 to 0.95")
     add("--jit-sigma", type=float, default=0.5, help="JiT: noise, in normalised pixels; paper: 0.01 to 0.8, METAUNLEARN: 30")
     add("--jit-noises", type=int, default=25, help="JiT: N, noisy copies of each image; paper: 25")
+    add("--damping", type=float, default=1e-5, help="Influence: lambda, added to the Fisher information (of log p, in nats)")
+    add("--radius", type=float, default=1.0, help="Influence: Euclidean length of its one step, over all weights")
+    add(
+        "--all-pictures",
+        action="store_true",
+        help="identities: give GA, SSD, PGU, JiT and Influence all of D_f in place of the Support set, to see what one picture costs",
+    )
     add(
         "--ledger",
         action="store_true",
@@ -704,6 +725,8 @@ def parse_args(argv=None):
         fail(f"--rho is {args.rho}; it must lie above 0 and up to 1")
     if args.ledger and (args.method != ["amnesiac"] or args.search):
         fail("--ledger is a version of amnesiac, with nothing to search; give --method amnesiac alone")
+    if args.all_pictures and args.forget != "identities":
+        fail(f"--all-pictures is about identities; with --forget {args.forget} every method has D_f already")
     if args.search and args.forget in ("class", "subclass"):
         fail(f"--search judges by validation images, of which --forget {args.forget} leaves none like D_f; give the flags yourself")
     for flag in args.given:
@@ -763,6 +786,7 @@ def run_name(method: str, args, searched: bool) -> str:
     """A run's name in its files: the method and the flags that differ from its preset (args: own_args)."""
     usual, own = vars(args) | preset(method, args) | {"ledger": False}, vars(args)
     changed = [f for f in USES[method] if f in args.given and own[f] != usual[f]] + ["rho"] * ("retain" in ACCESS[method] and args.rho != 1)
+    changed += ["all_pictures"] * (args.all_pictures and method in FORGET_IS_SUPPORT)
     return method + "".join(f"-{f.replace('_', '')}={own[f]}" for f in changed) + "-search" * searched
 
 

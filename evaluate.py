@@ -108,7 +108,7 @@ OWN_FLAGS = {
     ("tinyimagenet-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.01 --beta 0.01",
     **{("faces-small", "baselines", f"--method {m}"): "--unlearn-epochs 3" for m in ("ft", "randl", "amnesiac", "salun")},
     # Bad Teacher and SCRUB keep the authors' flags: searching them takes passes over all of D for each value and request
-    **{("faces-small", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit")},
+    **{("faces-small", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit", "influence")},
     # 561 outer steps, the authors' number for CelebA-HQ/20: 36, 18 or 9 requests an epoch
     ("faces-small", "metaunlearn", "--ids 5"): "--meta-epochs 16",
     ("faces-small", "metaunlearn", "--ids 10"): "--meta-epochs 31",
@@ -119,15 +119,17 @@ OWN_FLAGS = {
     ("faces-vit", "metaunlearn", "--preset paper"): "--eta 0.001",
     ("faces-vit", "metaunlearn", "--preset code"): "--alpha 1e-3",
     ("faces-vit", "metaunlearn", "--preset selective"): "--alpha 1e-3 --eta 0.03",
-    **{("faces-vit", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit")},
+    **{("faces-vit", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit", "influence")},
 }
 
 # --table: (kind, rows); a row is (label, script, flags). Trained, Retrained and the second gold model stand above them in every table.
 _SUPPORT = [(label, "baselines", f"--method {m}") for label, m in (("JiT", "jit"), ("PGU", "pgu"), ("SSD", "ssd"), ("GA", "ga"))]
+_SUPPORT += [("Influence (ours)", "baselines", "--method influence")]
 _META = [("METAUNLEARN", "metaunlearn", "--preset paper"), ("METAUNLEARN code", "metaunlearn", "--preset code")]
 _META += [("METAUNLEARN selective (ours)", "metaunlearn", "--preset selective")]
 _ALL = [("FT", "ft"), ("RandL", "randl"), ("GA", "ga"), ("Amnesiac", "amnesiac"), ("Fisher", "fisher"), ("SSD", "ssd")]
 _ALL += [("BadT", "badt"), ("SalUn", "salun"), ("SCRUB", "scrub"), ("PGU", "pgu"), ("JiT", "jit")]
+_ALL += [("Influence (ours)", "influence")]
 _LTU = [("LTU", "ltu", "--rho 0.3")]
 _MU1 = [("Bad Teacher", "baselines", "--method badt"), ("SCRUB", "baselines", "--method scrub"), *_SUPPORT, *_META]
 PLAN = {
@@ -161,6 +163,10 @@ PLAN = {
             *[(label, "baselines", f"--method {m}") for label, m in _ALL if m in ("ft", "randl", "amnesiac", "fisher", "salun")],
             ("METAUNLEARN", "metaunlearn", "--preset paper"),
         ],
+    ),
+    "mu-pictures": (  # what one picture costs: the methods that have the Support set, given all of D_f
+        "mu",
+        [*[(label, script, f"{own} --all-pictures") for label, script, own in _SUPPORT], ("METAUNLEARN", "metaunlearn", "--preset paper")],
     ),
     "mu-departures": (  # where metaunlearn.py's head says that paper and code differ or we chose: one at a time
         "mu",

@@ -431,6 +431,41 @@ def check_jit(module):
     assert student.head.weight.norm() < flat.model.head.weight.norm()  # flatter
 
 
+def check_influence(module):
+    """One attribute: the step is exactly that of the dense Fisher matrix of the data to keep, as long as --radius says, away from D_f."""
+    for forget in ("random", "identities"):
+        p = problem(multilabel=True, K=1, forget=forget)
+        d_f = p.sets["support" if forget == "identities" else "forget"]
+        kept = p.sets["statistics"] if forget == "identities" else p.sets["retain"]
+        student = apply(module, "influence", p, damping=0.02, radius=0.3)
+        F_dense, rng = torch.zeros(12, 12, dtype=torch.float64), common.generator(p.args.seed, p.args.split_seed, 11)
+        for batch in kept.split(64):  # g = (y - p) x
+            x, prob = pixels(p, batch).flatten(1).double(), p.model(pixels(p, batch))[1].detach().sigmoid()
+            g = (torch.bernoulli(prob, generator=rng) - prob).double() * x
+            F_dense += g.T @ g / len(kept)
+        x, y = pixels(p, d_f).flatten(1).double(), p.data["targets"][d_f].double()
+        residual = p.model(pixels(p, d_f))[1].detach().sigmoid().double() - y
+        want = torch.linalg.solve(F_dense + 0.02 * torch.eye(12), (residual * x).mean(0))
+        change = moved(student, p.model)
+        d = change["head.weight"][0].double()
+        assert F.cosine_similarity(d, want, dim=0) > 1 - 1e-6
+        assert F.cosine_similarity(want, (residual * x).mean(0), dim=0) < 0.999  # curvature does matter here
+        assert sum(t.double().pow(2).sum() for t in change.values()).sqrt().item() == pytest.approx(0.3, rel=1e-4)
+        ratio = residual.mean() / (0.02 + bias_fisher(p, kept))
+        assert (change["head.bias"][0].double() / d.norm() * want.norm()).item() == pytest.approx(ratio.item(), rel=1e-4)
+        before, after = (common.task_losses(m(pixels(p, d_f))[1], p.data["targets"][d_f]).mean() for m in (p.model, student))
+        assert after > before
+
+
+def bias_fisher(p, kept):
+    """Mean squared gradient of log p with respect to the only bias, with the labels that influence draws."""
+    rng, total = common.generator(p.args.seed, p.args.split_seed, 11), 0.0
+    for batch in kept.split(64):
+        prob = p.model(pixels(p, batch))[1].detach().sigmoid()
+        total += (torch.bernoulli(prob, generator=rng) - prob).double().pow(2).sum().item()
+    return total / len(kept)
+
+
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
 
 
@@ -462,7 +497,6 @@ MUTANTS = {
     "Amnesiac may draw the true label": ("amnesiac", "torch.randint(1, data", "torch.randint(0, data"),
     "ledger added": ("ledger", 'p -= have["ledger"]', 'p += have["ledger"]'),
     "Fisher of the batch": ("fisher", "wide(g[k]).pow(2).sum(0)", "wide(g[k]).sum(0).pow(2)"),
-    "Fisher's attributes averaged": ("fisher", "(label.numel() if label.ndim else 1)", "1"),
     "noise with the standard deviation for variance": ("fisher_noise", "variance.sqrt().to(p)", "variance.to(p)"),
     "no cap": ("fisher_noise", ".clamp(max=args.fisher_cap)", ""),
     "SSD selects the other side": ("ssd", "selected = f > args.ssd_alpha * d", "selected = f < args.ssd_alpha * d"),
@@ -526,6 +560,10 @@ MUTANTS = {
         "            student.train()\n            clean, loss = logits_of(student, x, args), 0.0",
     ),
     "JiT sharpens": ("jit", "loss = loss + ((clean", "loss = loss - ((clean"),
+    "influence towards D_f": ("influence", "p += args.radius /", "p -= args.radius /"),
+    "influence without curvature": ("influence", "step = natural(F_kept, g, args.damping)", "step = g"),
+    "influence damped by the curvature of D_f too": ("influence", "load_images, kept, multilabel", "load_images, D, multilabel"),
+    "influence of any length": ("influence", "args.radius / max(length, 1e-30)", "args.radius"),
 }
 
 
@@ -617,7 +655,7 @@ def test_nothing_is_read_beyond_access(trained, protocol, method):
         "indices"
     ]
     at_hand = D.reachable(split, 0.5 if protocol == "random" else 1.0, 0)
-    from_support = protocol == "identities" and method in ("ga", "ssd", "pgu", "jit")
+    from_support = protocol == "identities" and method in ("ga", "ssd", "pgu", "jit", "influence")
     forget = split["support"] if from_support else split["forget"]
     may = {"forget": forget, "retain": at_hand, "statistics": split["retain"] + split["forget"]}
     permitted = set().union(*(may[name] for name in B.ACCESS[method]))

@@ -3,9 +3,11 @@
 python -m pytest tests/test_common.py
 """
 
+import inspect
 import itertools
 import os
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -387,3 +389,85 @@ def test_generator_is_named_by_its_key():
     torch.manual_seed(1)
     assert all(torch.equal(first[key], torch.rand(4, generator=common.generator(*key))) for key in keys)
     assert len({tuple(stream.tolist()) for stream in first.values()}) == len(keys)
+
+
+# Curvature
+
+
+def one_layer(K, images, bias=True):
+    """A linear model of flat images and the gradients of log p of each image, with labels drawn as `curvature` draws them."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(images[0].numel(), K, bias=bias)
+    model = torch.nn.Module()
+    model.layer, model.forward = layer, lambda x: (x.flatten(1), layer(x.flatten(1)))
+    rng, gradients = common.generator(5), []
+    for batch in torch.arange(len(images)).split(64):
+        prob = model(images[batch])[1].detach().sigmoid()
+        y = torch.bernoulli(prob, generator=rng)
+        gradients.append((y - prob)[:, :, None] * images[batch].flatten(1)[:, None])  # (B, K, pixels)
+    return model, torch.cat(gradients).double()
+
+
+def dense_step(gradients, g, damping):
+    """(F + damping)^-1 g with the whole Fisher matrix."""
+    flat = gradients.flatten(1)
+    return torch.linalg.solve(flat.T @ flat / len(flat) + damping * torch.eye(flat.shape[1]), g.flatten().double()).view_as(g)
+
+
+@pytest.mark.parametrize("case", ("one output", "one image"))
+def test_the_natural_step_is_that_of_the_dense_fisher_matrix(case, module=common):
+    """Exact where one side of a layer has a single entry, or where F is a Kronecker product; checked against a dense solve."""
+    torch.manual_seed(1)
+    K, images = (1, torch.rand(100, 3, 2, 2)) if case == "one output" else (3, torch.rand(1, 3, 2, 2).expand(200, 3, 2, 2))
+    model, gradients = one_layer(K, images)
+    F = module.curvature(model, lambda i: images[i], torch.arange(len(images)), True, 5)
+    g = {k: torch.randn_like(p) for k, p in model.named_parameters()}
+    for damping in (1e-2, 1.0):
+        step = module.natural(F, g, damping)
+        assert torch.allclose(step["layer.weight"].double(), dense_step(gradients, g["layer.weight"], damping), rtol=1e-3, atol=1e-4)
+        bias = gradients.sum(2) / images.flatten(1).sum(1).double()[:, None]  # y - p
+        assert torch.allclose(step["layer.bias"].double(), dense_step(bias, g["layer.bias"], damping), rtol=1e-3, atol=1e-4)
+    u, v = ({k: torch.randn_like(p) for k, p in model.named_parameters()} for _ in range(2))  # the operator is symmetric
+    dot = lambda a, b: sum((a[k] * b[k]).sum() for k in a).item()
+    assert dot(u, module.natural(F, v, 0.1)) == pytest.approx(dot(module.natural(F, u, 0.1), v), rel=1e-4, abs=1e-5)
+
+
+def test_curvature_takes_tokens_as_matrices_and_attributes_as_a_sum():
+    """cls_token and pos_embed lead with a 1; a convolution's kernel is (out, the rest); F of K attributes is K squared times that of a mean."""
+    model = common.build_model("toy_vit", 2, 16, seed=0).eval()
+    images = torch.rand(12, 3, 16, 16)
+    F = common.curvature(model, lambda i: images[i], torch.arange(12), True, 0)
+    shapes = {k: tuple(second.shape) for k, (_, _, second) in F.items()}
+    assert shapes["net.cls_token"] == (1, 64) and shapes["net.pos_embed"] == (5, 64) and shapes["net.patch_embed.proj.weight"] == (64, 192)
+    total = {k: sum(second.sum() for _, _, second in [F[k]]).item() for k in F}  # the trace does not depend on the basis
+    rng, want = common.generator(0), {k: 0.0 for k in F}
+    y = torch.bernoulli(model(images)[1].detach().sigmoid(), generator=rng)
+    for image, label in zip(images, y, strict=True):
+        log_p = -torch.nn.functional.binary_cross_entropy_with_logits(model(image[None])[1][0], label, reduction="sum")
+        for (k, _), d in zip(model.named_parameters(), torch.autograd.grad(log_p, list(model.parameters())), strict=True):
+            want[k] += d.pow(2).sum().item() / 12
+    assert all(total[k] == pytest.approx(want[k], rel=1e-3, abs=1e-7) for k in F)
+
+
+CURVATURE_MUTANTS = {
+    "basis of the other side": ("(outer[k], inner[k])", "(inner[k], inner[k])"),
+    "no basis": ("torch.linalg.eigh(t)[1]", "torch.eye(len(t))"),
+    "sum for mean": (" / len(indices)", ""),
+    "attributes averaged": ("(label.numel() if label.ndim else 1)", "1"),
+    "descent's labels": ("torch.bernoulli(logits.sigmoid(), generator=rng)", "(logits > 0).float()"),
+    "square root": ("/ (second + damping)", "/ (second + damping).sqrt()"),
+    "not turned back": ("return rows, p.numel() // rows", "return p.numel() // rows, rows"),
+    "last batch left out": ("for batch in indices.split(batch_size):", "for batch in indices.split(batch_size)[:-1]:"),
+}
+
+
+@pytest.mark.parametrize("old, new", CURVATURE_MUTANTS.values(), ids=CURVATURE_MUTANTS)
+def test_mutants_of_the_curvature_are_caught(old, new):
+    source = "\n".join(inspect.getsource(f) for f in (common.label_gradients, common.curvature, common._matrix_shape, common.natural))
+    assert source.count(old) == 1
+    mutant = types.ModuleType("mutant")
+    mutant.__dict__.update(common.__dict__)
+    exec(compile("from __future__ import annotations\n" + source.replace(old, new), "mutant", "exec"), mutant.__dict__)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for case in ("one output", "one image"):
+            test_the_natural_step_is_that_of_the_dense_fisher_matrix(case, mutant)
