@@ -75,6 +75,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
         default=[],
         help="class numbers for --forget class; for subclass those within the super-classes",
     )
+    add(
+        "--held-out",
+        action="store_true",
+        help="ours: keep a picture of each training identity out of training, to simulate requests with; the paper simulates with trained ones",
+    )
     add("--label-noise", type=float, default=0.0, help="share of all labels to flip, so that memorising shows; digits: 0.1, papers: 0")
     add("--train-images", type=int, default=0, help="keep only so many images of training and validation together, 0: all")
     add("--model", default="toy_vit", help="toy_vit, toy_resnet, resnet18 (with a CIFAR stem up to 64 px) or any timm model")
@@ -83,7 +88,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
     add("--split-seed", type=int, default=0, help="who is in train, validation and test, and who is forgotten")
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     add("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; paper: on; None: on for CUDA only")
-    add("--out", default="results", help="folder for result files")
+    add("--out", default="runs", help="folder for result files; those in results/ came with the repository")
     add("--checkpoint-dir", default="checkpoints", help="folder for models, splits and meta-losses")
     add("--resume", action="store_true", help="go on from the last epoch saved by an interrupted run")
     add("--dry-run", action="store_true", help="one or two batches through every phase; results are marked dry and kept apart")
@@ -105,7 +110,12 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     check_ranges(args, [("ids", 1, 1e9), ("image_size", 8, 4096), ("split_seed", 0, 2**32), ("seed", 0, 2**32)])
     check_ranges(args, [("label_noise", 0, 0.9), ("train_images", 0, 1e9)])
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    for flag, needed in (("--ids", ("identities",)), ("--forget-ratio", ("random",)), ("--forget-classes", ("class", "subclass"))):
+    for flag, needed in (
+        ("--ids", ("identities",)),
+        ("--held-out", ("identities",)),
+        ("--forget-ratio", ("random",)),
+        ("--forget-classes", ("class", "subclass")),
+    ):
         if flag in given and args.forget not in needed:
             fail(f"{flag} goes with --forget {' or '.join(needed)}; this is --forget {args.forget}")
     if args.forget in ("class", "subclass"):

@@ -540,12 +540,13 @@ def random_labels(data: dict, pool: Tensor, k: int, rng: torch.Generator) -> Ten
 # The identity protocol
 
 
-def identity_split(data: dict, ids: int, split_seed: int) -> dict:
+def identity_split(data: dict, ids: int, split_seed: int, held_out=False) -> dict:
     """Split by identity, 60/20/20 by images, and draw who is forgotten (METAUNLEARN Sec. 3.3, Fig. 2).
 
     Returns lists of image indices `retain` (D_r), `forget` (D_f), `support` (S, one image of each forget identity,
     never trained on), `val`, `test`; `forget_ids` in the order of `support`; `train_ids`; and `hash`. For one
-    split_seed the smaller forget sets are the beginnings of the larger, with the same Support images.
+    split_seed the smaller forget sets are the beginnings of the larger, with the same Support images. held_out, ours: `held_out` is a
+    further picture of each training identity that has three or more, which no model is trained on either: see simulated_requests.
     Raises SystemExit(2) when fewer than `ids` training identities have more than one image.
     """
     identities = data["identities"]
@@ -566,8 +567,12 @@ def identity_split(data: dict, ids: int, split_seed: int) -> dict:
     forget_ids = unique[eligible[:ids]]
     support = [int(np.random.default_rng([split_seed, 2, i]).choice(np.flatnonzero(identities == i))) for i in forget_ids]
 
+    spare = []
+    for i in unique[train][count[train] > 2] if held_out else ():
+        spare.append(int(np.random.default_rng([split_seed, 14, i]).choice(np.setdiff1d(np.flatnonzero(identities == i), support))))
+
     def images_of(chosen):
-        return np.setdiff1d(np.flatnonzero(np.isin(identities, chosen)), support).tolist()
+        return np.setdiff1d(np.flatnonzero(np.isin(identities, chosen)), support + spare).tolist()
 
     split = {
         "retain": images_of(np.setdiff1d(unique[train], forget_ids)),
@@ -577,6 +582,7 @@ def identity_split(data: dict, ids: int, split_seed: int) -> dict:
         "test": images_of(unique[test]),
         "forget_ids": forget_ids.tolist(),
         "train_ids": unique[np.sort(train)].tolist(),
+        **({"held_out": spare} if held_out else {}),
     }
     split["hash"] = hashlib.sha256(json.dumps([split, data["digest"]]).encode()).hexdigest()[:16]
     return split
@@ -643,7 +649,7 @@ def random_split(data: dict, args) -> dict:
 
 def make_split(data: dict, args) -> dict:
     """Who is forgotten, as --forget says: identity_split or random_split; with --dry-run a short version of it."""
-    split = identity_split(data, args.ids, args.split_seed) if args.forget == "identities" else random_split(data, args)
+    split = identity_split(data, args.ids, args.split_seed, args.held_out) if args.forget == "identities" else random_split(data, args)
     return shortened(split) if args.dry_run else split
 
 
@@ -651,6 +657,7 @@ def setting(args) -> str:
     """What is forgotten from what, as a file name: one folder of checkpoints and results for each."""
     who = {"identities": f"ids{args.ids}", "random": f"random{args.forget_ratio:g}"}
     name = who.get(args.forget) or args.forget + "+".join(str(c) for c in args.forget_classes)
+    name += "-heldout" * args.held_out
     name += f"-n{args.train_images}" * bool(args.train_images) + f"-noise{args.label_noise:g}" * bool(args.label_noise)
     return f"{name}-split{args.split_seed}" + "-dry" * args.dry_run
 
@@ -672,18 +679,25 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
     One epoch passes over all training identities without replacement, n_s at a time; the last block is filled from the
     beginning of the epoch's order. Of each identity one random training image is its simulated Support; the rest is in
     the simulated D_f. An identity with a single image has it in both. The real Support set is never touched.
+    A trap in the paper's way: the model was trained on the simulated Support picture, and on the real one it was not. With --held-out
+    (ours) neither is: the simulated one is the identity's held-out picture.
     """
     rng = np.random.default_rng([seed, epoch, 3])
     trained_on = np.array(split["retain"] + split["forget"])
     owner = data["identities"][trained_on]
     order = rng.permutation(split["train_ids"])
     order = order[np.isin(order, owner)]  # an identity whose only spare image is real Support has none left to simulate with
+    held_out = {int(data["identities"][i]): i for i in split.get("held_out", ())}
     n_s = min(n_s, len(order))
     for start in range(0, len(order), n_s):
         block = [order[(start + i) % len(order)] for i in range(n_s)]
         support, forget = [], []
         for i in block:
             own = trained_on[owner == i]
+            if int(i) in held_out:
+                support.append(held_out[int(i)])
+                forget.extend(own)
+                continue
             chosen = rng.integers(len(own))
             support.append(own[chosen])
             forget.extend(own if len(own) == 1 else np.delete(own, chosen))

@@ -1,8 +1,9 @@
 """Everything after unlearning: the papers' tables and figures, stronger membership attacks, and what is within noise.
 
 Usage:
-    python evaluate.py --table ltu1                         # from results/: scikit-learn's digits
-    python evaluate.py --table mu1 --dataset toyfaces --run # make the runs that are missing, then print
+    python evaluate.py --table ltu1                         # scikit-learn's digits, from results/, which came with the repository
+    python evaluate.py --table ltu1 --out runs              # from your own runs
+    python evaluate.py --table mu1 --dataset toyfaces --run # make what runs/ lacks, then print
     python evaluate.py --table ltu1 --dataset cifar10-small --markdown
     python evaluate.py --ceiling --dataset digits           # second gold models: the best that any method can be expected to reach
     python evaluate.py --attack --dataset digits --run      # confidence SVC, loss AUC and RMIA on every checkpoint
@@ -67,6 +68,9 @@ _FACES70 = "--image-size 70 --model vit_small_patch14_dinov2 --init vit_small_pa
 _FACES70 += " --lr 1e-4 --weight-decay 0.05 --warmup-epochs 0.5 --crop-scale 0.8 --batch-size 32 --amp"
 SETTINGS = {
     "toyfaces": [("drawn faces, 10 of 120 identities", "--dataset toyfaces --ids 10", None)],
+    "toyfaces-heldout": [
+        ("drawn faces, 10 of 120 identities, requests simulated with held-out pictures", "--dataset toyfaces --ids 10 --held-out", None)
+    ],
     "qmnist": [("QMNIST, 20 writers", "--dataset qmnist --ids 20", None)],
     "digits": [
         ("digits, 10 % forgotten", "--dataset digits --forget-ratio 0.1", "CIFAR-10, 10 %"),
@@ -100,6 +104,7 @@ SETTINGS = {
 # (--dataset, script, words): flags that only that script takes, for the rows whose flags hold these words; all that match are joined.
 OWN_FLAGS = {
     ("toyfaces", "baselines", ""): "--search",
+    ("toyfaces-heldout", "baselines", ""): "--search",
     ("digits", "baselines", ""): "--search",
     ("digits", "ltu", "--forget-ratio 0.5"): "--alpha 0.1",
     ("cifar10-small", "baselines", ""): "--search",
@@ -557,6 +562,8 @@ def print_table(args, quiet=False) -> int:
         )
         say(f"\nMean ± standard deviation; differences paired by seed ± half of Student's 95 % interval. {what}.")
         say("D_f less control: score lost on what is to be forgotten, less that lost by a control out of D_r. Goal: Retrained's.")
+        if args.out == "results" and not quiet:
+            say("These results came with the repository; --out runs prints yours, --run makes them.")
     elif not quiet:
         say(f"\n{args.out} holds no result of this table; run the commands above, or add --run")
     return missing_runs
@@ -985,7 +992,12 @@ def parse_args(argv=None):
     what.add_argument("--attack", action="store_true", help="membership inference on every checkpoint: SVC, loss AUC, RMIA")
     what.add_argument("--ceiling", action="store_true", help="train second gold models, seed + 1000, and measure them like a method")
     add("--dataset", choices=SETTINGS, default=None, help="setting of the runs, see SETTINGS; None: toyfaces for mu, digits for ltu")
-    add("--seeds", type=int, default=None, help="seeds 0 to this less 1; None: 5 for toyfaces and digits, else 3; papers: 3 and 10")
+    add(
+        "--seeds",
+        type=int,
+        default=None,
+        help="seeds 0 to this less 1; None: 5 for toyfaces, toyfaces-heldout and digits, else 3; papers: 3 and 10",
+    )
     add("--part", type=int, default=0, help="only this part of the setting, 1: the first (10 %% forgotten, fewest identities); 0: all")
     add("--references", type=int, default=2, help="further gold models, seeds + 1000, + 2000, that RMIA has beside the first")
     add("--run", action="store_true", help="make the missing runs first, one after another; finished ones are kept")
@@ -993,7 +1005,12 @@ def parse_args(argv=None):
     add("--flags", default="", help='more flags for every script, as one word: --flags "--init weights.safetensors"')
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     add("--data-dir", default="data", help="folder with the publishers' files, and for pictures of real people")
-    add("--out", default="results", help="folder of result files and figures")
+    add(
+        "--out",
+        default=None,
+        help="folder of result files and figures; None: results, which came with the repository, to print, and runs, which is yours, "
+        "with --run, --ceiling or --figure",
+    )
     add("--checkpoint-dir", default="checkpoints", help="folder of models and meta-losses")
     args = parser.parse_args(argv)
     faces = args.figure is not None or (args.table or "").startswith("mu")
@@ -1005,7 +1022,9 @@ def parse_args(argv=None):
         fail(f"{named} is not about --dataset {args.dataset}; choose {', '.join(right)}")
     if args.attack:
         args.table = "mu1" if identities else "ltu1"
-    args.seeds = (5 if args.dataset in ("toyfaces", "digits") else 3) if args.seeds is None else args.seeds
+    yours = args.run or args.ceiling or args.figure is not None
+    args.out = args.out or ("runs" if yours else "results")
+    args.seeds = (5 if args.dataset in ("toyfaces", "toyfaces-heldout", "digits") else 3) if args.seeds is None else args.seeds
     try:
         words = shlex.split(args.flags)
     except ValueError as error:

@@ -195,6 +195,26 @@ def test_requests_split_each_person():
     assert singles > 50 and 0.45 < np.mean(places) < 0.55
 
 
+def test_held_out_pictures_are_no_models_and_stand_in_as_support():
+    """--held-out: a third picture of a person stays out of training, and simulates the request in which all the others are D_f."""
+    simulated = {True: 0, False: 0}
+    for d, ids, seed in tables():
+        plain, split = data.identity_split(d, ids, seed), data.identity_split(d, ids, seed, held_out=True)
+        assert "held_out" not in plain and split["hash"] != plain["hash"]
+        assert all(split[name] == plain[name] for name in ("support", "forget_ids", "train_ids", "val", "test"))
+        trained_on, owner = set(split["retain"] + split["forget"]), d["identities"]
+        assert trained_on | set(split["held_out"]) == set(plain["retain"] + plain["forget"]) and not trained_on & set(split["held_out"])
+        unique, count = np.unique(owner[np.isin(owner, split["train_ids"])], return_counts=True)
+        assert sorted(owner[split["held_out"]]) == unique[count > 2].tolist() and not set(split["held_out"]) & set(split["support"])
+        for support, forget in requests(d, split, seed=seed):
+            for image in support:
+                own = [i for i in trained_on if owner[i] == owner[image]]
+                simulated[image in split["held_out"]] += 1
+                assert set(own) - {image} <= set(forget) and (image in split["held_out"]) == (count[unique == owner[image]][0] > 2)
+            assert not set(forget) & set(split["held_out"] + split["support"])
+    assert min(simulated.values()) > 100
+
+
 def test_requests_change_from_epoch_to_epoch():
     """Other people together and other Support images each epoch and seed; the same seed and epoch give the same requests."""
     d = made(np.arange(300) // 5)
