@@ -436,7 +436,7 @@ def pgu(student, data, have, args, rng):
     Of each convolution's and linear layer's inputs (patches) the Gram matrix over the data to keep gives the core space U, the fewest leading
     directions whose singular values reach the share pgu_gamma; weights move by g - g U U^T alone, norms and biases not at all.
     Random samples: the Gram matrix of D \\ D_f, so positive by construction (published: a difference of two augmentations, which is
-    not). Identities: of D, for S was never in it. The step falls along a cosine, with no stopping by validation. Patches have the layer's own stride (published: 1). Loss: -log(1 - p_y + 0.05)
+    not). Identities: of D, for S was never in it (with --all-pictures D_f is, and is kept too). The step falls along a cosine, with no stopping by validation. Patches have the layer's own stride (published: 1). Loss: -log(1 - p_y + 0.05)
     - 0.2 H(p), over every attribute (METAUNLEARN's code indexes with the labels: two attributes alone got it).
     """
     D = have["statistics"]
@@ -527,8 +527,8 @@ def influence(student, data, have, args, rng):
     either paper; what a step needs to know of the data that stays.
 
     Source: influence functions (Koh & Liang 2017), as unlearning Guo et al. 2020 and Golatkar et al. 2020. H is taken to be the Fisher information
-    F of the data to keep (random samples: D \\ D_f; identities: D, as for PGU), a statistic that can be stored before the data is gone; see
-    `curvature`. The length is searched because F of a model that fits its data is far too small for the theory's 1 / |D_r|.
+    F, see `curvature`. Identities: F of D, a statistic that is stored before the data is gone (with --all-pictures it holds D_f too). Random
+    samples: F of D \\ D_f, which depends on the request, so there it takes two passes over all of D_r. The length is searched because F of a model that fits its data is far too small for the theory's 1 / |D_r|.
     """
     D = have["statistics"]
     kept = D if args.forget == "identities" else D[~torch.isin(D, have["forget"])]
@@ -588,19 +588,19 @@ def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float]:
     some = next(indices for indices in have.values() if isinstance(indices, Tensor))[:64]
     logits = predict(student.eval(), lambda i: raw_batch(data, i), some, data["device"])
     if not torch.isfinite(logits).all() or not all(torch.isfinite(p).all() for p in student.parameters()):
-        raise FloatingPointError(
-            f"{method} diverged; lower its step (--unlearn-lr {args.unlearn_lr:g}, --fisher-alpha {args.fisher_alpha:g})"
-        )
+        own = ", ".join(f"--{flag.replace('_', '-')} {getattr(args, flag):g}" for flag in GRIDS[method])
+        raise FloatingPointError(f"{method} diverged; lower its step ({own})")
     return student.eval().requires_grad_(False), time.time() - begin
 
 
 def sets_of(split: dict, args) -> dict:
     """All sets by name, as index tensors: forget, retain (its share rho), statistics (D = D_r and D_f), support."""
     sets = {"forget": split["forget"], "retain": reachable(split, args.rho, args.split_seed)}
-    sets["statistics"] = sorted(split["retain"] + split["forget"])
     if "support" in split:
         sets["support"] = split["support"]
-    return {name: torch.tensor(indices[:64] if args.dry_run else indices) for name, indices in sets.items()}
+    sets = {name: torch.tensor(indices[:64] if args.dry_run else indices) for name, indices in sets.items()}
+    kept = torch.tensor(split["retain"][: 64 if args.dry_run else None])  # D_r whole, whatever rho
+    return sets | {"statistics": torch.cat([kept, sets["forget"]]).sort().values}
 
 
 def search(method: str, model, data, split, sets, args) -> tuple[dict, list]:
@@ -727,6 +727,8 @@ def parse_args(argv=None):
         fail("--ledger is a version of amnesiac, with nothing to search; give --method amnesiac alone")
     if args.all_pictures and args.forget != "identities":
         fail(f"--all-pictures is about identities; with --forget {args.forget} every method has D_f already")
+    if args.all_pictures and not set(args.method) & set(FORGET_IS_SUPPORT):
+        fail(f"--all-pictures is not used by {', '.join(args.method)}; it is about {', '.join(FORGET_IS_SUPPORT)}")
     if args.search and args.forget in ("class", "subclass"):
         fail(f"--search judges by validation images, of which --forget {args.forget} leaves none like D_f; give the flags yourself")
     for flag in args.given:

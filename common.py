@@ -487,7 +487,8 @@ def label_gradients(model, load_images, indices: Tensor, multilabel: bool, rng: 
         else:
             y = torch.multinomial(logits.softmax(1), 1, generator=rng)[:, 0]
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap of a gradient
-            yield vmap(grad(log_likelihood), in_dims=(None, 0, 0))(theta, x, y.to(x.device))
+            gradients = vmap(grad(log_likelihood), in_dims=(None, 0, 0))(theta, x, y.to(x.device))
+        yield gradients
 
 
 def curvature(model, load_images, indices: Tensor, multilabel: bool, *key: int) -> dict:
@@ -498,7 +499,7 @@ def curvature(model, load_images, indices: Tensor, multilabel: bool, *key: int) 
     be diagonal in that basis, and to hold nothing between tensors. Exact where o or i is 1. Reads the images twice; `key` seeds
     the labels. Source: George et al. 2018 (EK-FAC), with the factors of Gupta et al. 2018 (Shampoo).
     """
-    size = max(1, min(64, 2**28 // sum(p.numel() for p in model.parameters())))  # a batch holds as many copies of theta
+    size = max(1, min(64, 2**28 // sum(p.numel() for p in model.parameters())))  # B gradients of theta at a time: at most 2**28 numbers
     passes = lambda: label_gradients(model, load_images, indices, multilabel, generator(*key), size)
     shape = {k: _matrix_shape(p) for k, p in model.named_parameters()}
     outer, inner, second = ({k: 0.0 for k in shape} for _ in range(3))

@@ -157,7 +157,7 @@ PLAN = {
         [
             ("logits", "metaunlearn", "--preset paper --inputs logits"),
             ("+ features", "metaunlearn", "--preset paper --inputs logits,features"),
-            ("+ features, targets", "metaunlearn", "--preset paper --inputs logits,features,targets"),
+            ("+ features and targets", "metaunlearn", "--preset paper --inputs logits,features,targets"),
             ("METAUNLEARN", "metaunlearn", "--preset paper"),
         ],
     ),
@@ -882,7 +882,7 @@ def figure(args):
     """Draw figure 4, 5 or 6 of each part and print what it shows."""
     for number, part in enumerate(parts(args)):
         found, _, _ = collect(part, PLAN["mu1"][1], args)
-        rows = [row for row in PLAN["mu1"][1] if len(found.get(row[0], {})) == args.seeds]
+        rows = [row for row in PLAN["mu1"][1] if len(found.get(row[0], {})) == args.seeds and row[0] != "Influence (ours)"]  # not a paper's
         if not rows:
             fail(f"{args.out} holds no row with {args.seeds} seeds; first: python evaluate.py --table mu1 --dataset {args.dataset} --run")
         rows = sorted(rows, key=lambda row: -np.mean([r["tow"] for r in found[row[0]].values()]))[:3]  # the paper's top three

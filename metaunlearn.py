@@ -831,7 +831,7 @@ def report(rows, table, selection, seconds, data, split, args, source, device) -
         "seed": args.seed,
         "split_hash": split["hash"],
         "access": {
-            "meta-training": ["retain", "forget", "val"],
+            "meta-training": ["retain", "forget", "val"] + ["held_out"] * args.held_out,
             "unlearning": ["support"],
             "ascent": ["support"],
             "choosing the ascent step": ["retain", "forget", "val"],

@@ -797,6 +797,9 @@ def test_a_method_that_diverges_is_left_out_of_a_table_and_fatal_alone(trained, 
         ("--method amnesiac --ledger --search", "nothing to search"),
         ("--search --forget class --forget-classes 1 --label-noise 0", "--search"),
         ("--method none", "invalid choice"),
+        ("--all-pictures", "--all-pictures is about identities"),
+        ("--damping 0", "--damping"),
+        ("--method ga --radius 2", "not used by ga"),
     ],
 )
 def test_bad_input_gets_one_line(extra, word, capsys):
@@ -804,6 +807,22 @@ def test_bad_input_gets_one_line(extra, word, capsys):
         B.parse_args(extra.split())
     message = capsys.readouterr().err
     assert stop.value.code == 2 and len(message.splitlines()) == 1 and word in message
+
+
+def test_all_pictures_gives_d_f_in_place_of_the_support_set():
+    """--all-pictures changes what GA, SSD, PGU, JiT and Influence are handed, and their files' names; of the others nothing."""
+    flags = ["--dataset", "toyfaces", "--method", "all"]
+    one, whole = B.parse_args(flags), B.parse_args([*flags, "--all-pictures"])
+    sets = {name: torch.arange(i, i + 3) for i, name in enumerate(("support", "forget", "retain", "statistics"))}
+    for method in B.METHODS:
+        few, many = (B.allowed(method, sets, args) for args in (one, whole))
+        names = [B.run_name(method, B.own_args(method, args), False) for args in (one, whole)]
+        if method in B.FORGET_IS_SUPPORT:
+            assert few["forget"].equal(sets["support"]) and many["forget"].equal(sets["forget"]) and names[0] != names[1]
+            assert "support" in B.allowed_names(method, one) and "support" not in B.allowed_names(method, whole)
+        else:
+            assert few.keys() == many.keys() and names[0] == names[1]
+            assert all(few[k] is many[k] for k in few if k != "stored")
 
 
 def test_methods_are_short():

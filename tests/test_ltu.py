@@ -772,6 +772,7 @@ BAD = {
     "--forget-ratio 0.99": "leaves none of class",
     "--forget-ratio 0.8 --batch-size 512": "fewer than a batch",
     "--forget class": "needs --forget-classes",
+    "--held-out": "--held-out goes with --forget identities",
     "--forget class --forget-classes 10 --label-noise 0": "absent: [10]",
     "--forget class --forget-classes 0 1 2 3 4 5 6 7 8 9 --label-noise 0": "one must stay",
     "--forget class --forget-classes 1": "--label-noise 0",
