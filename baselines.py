@@ -436,8 +436,8 @@ def pgu(student, data, have, args, rng):
     Of each convolution's and linear layer's inputs (patches) the Gram matrix over the data to keep gives the core space U, the fewest leading
     directions whose singular values reach the share pgu_gamma; weights move by g - g U U^T alone, norms and biases not at all.
     Random samples: the Gram matrix of D \\ D_f, so positive by construction (published: a difference of two augmentations, which is
-    not). Identities: of D, for S was never in it (with --all-pictures D_f is, and is kept too). The step falls along a cosine, with no stopping by validation. Patches have the layer's own stride (published: 1). Loss: -log(1 - p_y + 0.05)
-    - 0.2 H(p), over every attribute (METAUNLEARN's code indexes with the labels: two attributes alone got it).
+    not). Identities: of D, for S was never in it (with --all-pictures D_f is, and is kept too). The step falls along a cosine, with no
+    stopping by validation. Patches have the layer's own stride (published: 1). Loss: -log(1 - p_y + 0.05) - 0.2 H(p), over every attribute (METAUNLEARN's code indexes with the labels: two attributes alone got it).
     """
     D = have["statistics"]
     kept = D if args.forget == "identities" else D[~torch.isin(D, have["forget"])]
@@ -523,12 +523,12 @@ def jit(student, data, have, args, rng):
 
 
 def influence(student, data, have, args, rng):
-    """Influence: one Newton step away from D_f, theta + c (F + lambda)^-1 grad L(D_f), scaled to the length --radius. Ours: no row of
-    either paper; what a step needs to know of the data that stays.
+    """Influence: one Newton step away from D_f, theta + c (F + lambda)^-1 grad L(D_f), with c such that it is --radius long. Ours: in neither paper.
 
-    Source: influence functions (Koh & Liang 2017), as unlearning Guo et al. 2020 and Golatkar et al. 2020. H is taken to be the Fisher information
-    F, see `curvature`. Identities: F of D, a statistic that is stored before the data is gone (with --all-pictures it holds D_f too). Random
-    samples: F of D \\ D_f, which depends on the request, so there it takes two passes over all of D_r. The length is searched because F of a model that fits its data is far too small for the theory's 1 / |D_r|.
+    Source: influence functions (Koh & Liang 2017), as unlearning Guo et al. 2020 and Golatkar et al. 2020. The Hessian is taken to be
+    the Fisher information F, see `curvature`. Identities: F of D, a statistic that is stored before the data is gone (with
+    --all-pictures it holds D_f too). Random samples: F of D \\ D_f, which depends on the request: two passes over all of D_r. The
+    length is searched: F of a model that fits its data is far too small for the theory's 1 / |D_r|.
     """
     D = have["statistics"]
     kept = D if args.forget == "identities" else D[~torch.isin(D, have["forget"])]

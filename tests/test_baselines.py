@@ -825,6 +825,23 @@ def test_all_pictures_gives_d_f_in_place_of_the_support_set():
             assert all(few[k] is many[k] for k in few if k != "stored")
 
 
+def test_a_dry_run_keeps_something_beside_d_f():
+    """Data sorted by class: the first 64 images of D may all be of the class to forget, and D \\ D_f must not run empty."""
+    split = {"forget": list(range(100)), "retain": list(range(100, 300))}
+    args = B.parse_args(["--dry-run", "--rho", "0.5"])
+    D_dry = B.sets_of(split, args)["statistics"]
+    assert D_dry.tolist() == [*range(64), *range(100, 164)]
+    args.dry_run = False
+    assert B.sets_of(split, args)["statistics"].tolist() == list(range(300))  # all of D, whatever rho
+
+
+def test_a_method_that_diverges_names_its_own_flags():
+    p = problem()
+    args = B.own_args("influence", p.args, **p.changes, radius=1e39)  # beyond float32
+    with pytest.raises(FloatingPointError, match=r"influence diverged.*--damping.*--radius"):
+        B.run("influence", p.model, p.data, p.sets, args)
+
+
 def test_methods_are_short():
     """Each reads like its paper: at most 45 lines."""
     import inspect
