@@ -1,305 +1,622 @@
-"""Everything after unlearning: the papers' tables and figures, stronger membership attacks, and what is within noise.
+"""Everything after unlearning that all methods share: measuring, choosing, reporting; tables.
 
 Usage:
-    python evaluate.py --table ltu1                         # scikit-learn's digits, from results/, which came with the repository
-    python evaluate.py --table ltu1 --out runs              # from your own runs
-    python evaluate.py --table mu1 --dataset toyfaces --run # make what runs/ lacks, then print
-    python evaluate.py --table ltu1 --dataset cifar10-small --markdown
-    python evaluate.py --ceiling --dataset digits           # second gold models: the best that any method can be expected to reach
-    python evaluate.py --attack --dataset digits --run      # confidence SVC, loss AUC and RMIA on every checkpoint
-    python evaluate.py --figure 4 --dataset toyfaces        # METAUNLEARN's figures 4, 5 and 6
+    python evaluate.py --table ltu1                      # LTU's Table 1, from ours, digits-10.jsonl
+    python evaluate.py --table mu1 --results results/faces-small-10.jsonl
+    python evaluate.py --table all --results runs/digits-*        # from folders of runs of your own
+    python evaluate.py --pack mine.jsonl --results runs/digits-*  # append them to a packed file
+    python evaluate.py --attack --dataset digits         # SVC, loss AUC and RMIA on all checkpoints
+    python evaluate.py --figure 4 --dataset toyfaces --seeds 5    # METAUNLEARN's figures 4, 5 and 6
 
-A table's rows are runs of the other scripts: PLAN says which command makes which row, SETTINGS which flags a data set needs. A
-result counts only if its split is that of the others, its recipe that of the table, and it is complete; what does not is named.
-Differences are paired by seed, within one result file, with Student's 95 % interval; where that holds 0 the table says so.
+The first half stands below the methods, which import it; it imports none of them. A table's rows
+are runs, found by their names (TABLES). Differences are paired by split seed, with Student's 95 %
+interval.
 """
 
 import argparse
+import contextlib
+import csv
 import json
 import pathlib
-import shlex
+import re
 import shutil
 import subprocess
-import sys
-import time
 
 import numpy as np
 import torch
 
-import baselines
-import ltu
-import metaunlearn
-import train as training
-from common import (
-    Parser,
-    accuracy,
-    atomic_write,
-    average_gap,
-    check_writable,
-    choose_device,
-    compare,
-    confidence,
-    fail,
-    load_checkpoint,
-    measure,
-    membership_inference,
-    paper_figures,
-    predict,
-    provenance,
-    say,
-    score,
-    with_parameters,
-    write_json,
-)
-from data import control_sets, load, make_split, raw_batch, setting
+import common
+from common import accuracy, average_gap, confidence, fail, membership_inference, say, score, tow
+from data import control_sets, predict, setting, simulated_requests
+from train import PRESETS, add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 HERE = pathlib.Path(__file__).parent
-SCRIPTS = {"metaunlearn": metaunlearn, "ltu": ltu, "baselines": baselines}
 
-# --dataset: the parts of a table, each (title, flags of every script, column of PAPER), and per script the flags that are its own.
-# cifar10-small, tinyimagenet-small and the small faces are what two CPU cores can do; the others are the papers' experiments.
-_CIFAR = "--dataset cifar10 --image-size 16 --train-images 6000 --model toy_resnet --augment none --schedule cosine --keep last"
-_CIFAR += " --epochs 40 --batch-size 64 --warmup-epochs 1"
-_TINY = "--dataset tinyimagenet --image-size 32 --train-images 3000 --model toy_vit --augment none --keep last --epochs 40 --lr 2e-3"
-_TINY += " --optimizer adamw --weight-decay 0.05 --batch-size 64 --warmup-epochs 2"
-_FACES32 = "--image-size 32 --model toy_vit --init none --epochs 40 --optimizer adamw --lr 2e-3 --warmup-epochs 2 --crop-scale 0.8"
-_FACES32 += " --batch-size 64 --weight-decay 0.05"
-_FACES70 = "--image-size 70 --model vit_small_patch14_dinov2 --init vit_small_patch14_dinov2.safetensors --epochs 5 --optimizer adamw"
-_FACES70 += " --lr 1e-4 --weight-decay 0.05 --warmup-epochs 0.5 --crop-scale 0.8 --batch-size 32 --amp"
-SETTINGS = {
-    "toyfaces": [("drawn faces, 10 of 120 identities", "--dataset toyfaces --ids 10", None)],
-    "toyfaces-heldout": [
-        ("drawn faces, 10 of 120 identities, requests simulated with held-out pictures", "--dataset toyfaces --ids 10 --held-out", None)
-    ],
-    "qmnist": [("QMNIST, 20 writers", "--dataset qmnist --ids 20", None)],
-    "digits": [
-        ("digits, 10 % forgotten", "--dataset digits --forget-ratio 0.1", "CIFAR-10, 10 %"),
-        ("digits, 50 % forgotten", "--dataset digits --forget-ratio 0.5", "CIFAR-10, 50 %"),
-    ],
-    "cifar10-small": [
-        ("6,000 images of CIFAR-10 at 16 px, 10 % forgotten", _CIFAR + " --forget-ratio 0.1", "CIFAR-10, 10 %"),
-        ("6,000 images of CIFAR-10 at 16 px, 50 % forgotten", _CIFAR + " --forget-ratio 0.5", "CIFAR-10, 50 %"),
-    ],
-    "cifar10": [
-        ("CIFAR-10, 10 % forgotten", "--dataset cifar10 --forget-ratio 0.1", "CIFAR-10, 10 %"),
-        ("CIFAR-10, 50 % forgotten", "--dataset cifar10 --forget-ratio 0.5", "CIFAR-10, 50 %"),
-    ],
-    "tinyimagenet": [
-        ("Tiny-ImageNet, 10 % forgotten", "--dataset tinyimagenet --forget-ratio 0.1", "Tiny-ImageNet, 10 %"),
-        ("Tiny-ImageNet, 50 % forgotten", "--dataset tinyimagenet --forget-ratio 0.5", "Tiny-ImageNet, 50 %"),
-    ],
-    "tinyimagenet-small": [
-        ("3,000 images of 20 classes of Tiny-ImageNet at 32 px, ViT, 10 % forgotten", _TINY + " --forget-ratio 0.1", "Tiny-ImageNet, 10 %")
-    ],
-    "faces-small": [
-        (f"CelebA faces at 32 px, {n} identities", f"--dataset celeba --ids {n} {_FACES32}", f"CelebA/{n}") for n in (5, 10, 20)
-    ],
-    "faces-vit": [
-        ("CelebA faces, DINOv2 at 70 px, 5 identities", f"--dataset celeba --ids 5 {_FACES70}", "CelebA/5"),
-        ("CelebA faces, DINOv2 at 70 px, 10 identities", f"--dataset celebahq --ids 10 {_FACES70}", "CelebA/10"),
-    ],
-    "celeba": [(f"CelebA, {n} identities", f"--dataset celeba --ids {n}", f"CelebA/{n}") for n in (5, 10)],
-    "celebahq": [(f"CelebA-HQ, {n} identities", f"--dataset celebahq --ids {n}", f"CelebA-HQ/{n}") for n in (20, 50)],
+# --------------------------------------------------------------------------------------------------
+# Measuring a model
+
+
+def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
+    """The raw row of a model: score, accuracy and loss on D_r, D_f, D_v, D_te and control sets.
+
+    All in [0, 1], losses in nats. The test score is against the true labels where --label-noise
+    flipped some. seen: the part of D_r that the method may use; control sets lie outside of it
+    (data.control_sets). Random samples also get `mi`, SalUn's membership metric, and with flipped
+    labels `wrong` (see wrong_by_label).
+    """
+    controls, row, sure, wrong = control_sets(data, split, seen), {}, {}, {}
+    sets = ["retain", "forget", "val", "test"]
+    if split.get("test_forgotten"):  # test images of a forgotten class, which should be gone too
+        sets.append("test_forgotten")
+    for name in sets:
+        logits, own = predict(model, data, split[name], amp), data["targets"][split[name]]
+        right = data["true_targets"][split[name]] if name == "test" else own
+        row[name] = {"score": score(logits, right), "accuracy": accuracy(logits, right)}
+        row[name]["loss"] = common.task_losses(logits, own).mean().item()
+        sure[name] = confidence(logits, own)
+        if name == "retain":
+            row["control"] = {"score": [score(logits[c], own[c]) for c in controls]}
+        if own.ndim == 1:
+            wrong[name] = (logits.argmax(1) != own).numpy()
+    if "support" not in split:
+        row["mi"] = membership_inference(sure["retain"], sure["test"], sure["forget"])
+        if (data["targets"] != data["true_targets"]).any():
+            row["wrong"] = wrong_by_label(wrong, data, split, seen)
+    return row
+
+
+def wrong_by_label(wrong: dict, data, split, seen) -> dict:
+    """Error on flipped and clean images of D_f, D_r_hat and the rest of D_r, in [0, 1].
+
+    A low gap alone does not prove that D_f was forgotten: a method that drops every wrong label has
+    one too. Returns {set: {flipped, clean}}, None where a set has no such image.
+    """
+    flipped, share = (data["targets"] != data["true_targets"]).numpy(), {}
+    at_hand, f, r = np.isin(split["retain"], list(seen)), wrong["forget"], wrong["retain"]
+    in_f, in_r = flipped[split["forget"]], flipped[split["retain"]]
+    sets = {"D_f": (f, in_f), "D_r_hat": (r[at_hand], in_r[at_hand])}
+    sets["rest of D_r"] = (r[~at_hand], in_r[~at_hand])
+    for name, (errors, is_flipped) in sets.items():
+        parts = {"flipped": errors[is_flipped], "clean": errors[~is_flipped]}
+        share[name] = {kind: float(x.mean()) if len(x) else None for kind, x in parts.items()}
+    return share
+
+
+def paper_figures(row: dict) -> dict:
+    """UA, RA, TA and MI of a row of measure, in [0, 1] (LTU Sec. 4.1)."""
+    ra, ta = row["retain"]["accuracy"], row["test"]["accuracy"]
+    return {"ua": 1 - row["forget"]["accuracy"], "ra": ra, "ta": ta, "mi": row["mi"]}
+
+
+def compare(rows: dict) -> dict:
+    """Each row's ToW against the gold model, Eq. (7), and what it lost on D_f and control sets.
+
+    rows: {original, retrained, others: as measure gives them}. All in [0, 1].
+    """
+    scores = {name: {s: row[s]["score"] for s in MAIN_SETS} for name, row in rows.items()}
+    table, before = {}, rows["original"]
+    for name, row in rows.items():
+        lost = np.array(before["control"]["score"]) - np.array(row["control"]["score"])
+        forgotten = before["forget"]["score"] - row["forget"]["score"]
+        table[name] = {
+            "tow": tow(scores[name], scores["retrained"]),
+            "forget_lost": forgotten,
+            "control_lost_mean": float(lost.mean()),
+            "control_lost_std": float(lost.std(ddof=1)),
+            "controls_that_lost_less": float((lost < forgotten).mean()),
+        }
+    return table
+
+
+MAIN_SETS = ("retain", "forget", "test")
+
+# --------------------------------------------------------------------------------------------------
+# Choosing settings on training and validation data alone
+
+
+def simulated_problems(model, data, split, args, images=256) -> list[dict]:
+    """Simulated unlearning requests by which the settings of an identity method may be chosen.
+
+    The gold model is replaced by what it should look like: the original itself on (at most
+    `images`) retained and validation images, and on forgotten ones the score that the original has
+    on as many validation identities (mean of 10 draws). Each problem holds index arrays `support`
+    and `sets`, and the scores `want`. Source: ours, after Eq. (7).
+    """
+    rng = np.random.default_rng([args.seed, args.split_seed, 6])
+    val, everyone = np.array(split["val"]), np.array(split["retain"] + split["forget"])
+    val_logits, owner = predict(model, data, val, args.amp), data["identities"][val]
+    seen_as_new, people = [], np.unique(owner)
+    for _ in range(10):
+        own = np.isin(owner, rng.choice(people, min(args.ids, len(people)), replace=False))
+        seen_as_new.append(score(val_logits[own], data["targets"][val[own]]))
+    some = rng.choice(len(val), min(images, len(val)), replace=False)
+    test = score(val_logits[some], data["targets"][val[some]])
+    problems, number = [], 1 if args.dry_run else 3
+    no_epoch = 1_000_000  # a number that no epoch of meta-training has
+    simulated = simulated_requests(data, split, args.ids, args.seed, no_epoch)
+    for _, (support, forget) in zip(range(number), simulated, strict=False):
+        others = np.setdiff1d(everyone, np.concatenate([support, forget]))
+        retained = rng.choice(others, min(images, len(others)), replace=False)
+        kept = score(predict(model, data, retained, args.amp), data["targets"][retained])
+        want = {"retain": kept, "forget": float(np.mean(seen_as_new)), "test": test}
+        sets = {"retain": retained, "forget": forget, "test": val[some]}
+        problems.append({"support": support, "sets": sets, "want": want})
+    return problems
+
+
+def simulated_tow(unlearn, problems, data, amp) -> float:
+    """Mean ToW over simulated problems of the models that unlearn(problem) gives back."""
+    values = []
+    for problem in problems:
+        model, got = unlearn(problem), {}
+        for name, indices in problem["sets"].items():
+            got[name] = score(predict(model, data, indices, amp), data["targets"][indices])
+        values.append(tow(got, problem["want"]))
+    return float(np.mean(values))
+
+
+def validation_gap(unlearned, model, data, split, seen, args) -> dict | None:
+    """How far from the goal, judged without gold model and test set: the rule for random samples.
+
+    Ours. The goal is the original model, but with D_f looking like the validation images, which it
+    never saw: their error for UA, its accuracy on D_r_hat (`seen`) for RA and on D_v for TA, and
+    for MI the share of D_v that the attack (members: D_r_hat) takes for non-members. Returns the
+    four gaps and their mean, in [0, 1]; None for a whole class, of which D_v has no image.
+    """
+    if args.forget in ("class", "subclass"):
+        return None
+    parts = {"seen": seen, "val": split["val"], "forget": split["forget"]}
+
+    def figures(m, forget):
+        logits = {name: predict(m, data, part, args.amp) for name, part in parts.items()}
+        y = {name: data["targets"][part] for name, part in parts.items()}
+        sure = {name: confidence(logits[name], y[name]) for name in parts}
+        right = {name: accuracy(logits[name], y[name]) for name in parts}
+        mi = membership_inference(sure["seen"], sure["val"], sure[forget])
+        return {"ua": 1 - right[forget], "ra": right["seen"], "ta": right["val"], "mi": mi}
+
+    goal, got = figures(model, "val"), figures(unlearned, "forget")
+    gaps = {name: abs(got[name] - goal[name]) for name in goal}
+    return gaps | {"mean": float(np.mean(list(gaps.values())))}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reporting: the one way in which every method writes, prints and draws its result
+
+# What does not make a run another one: its seeds and name, which name its file; where things lie;
+# what is done with the result.
+NO_FLAGS = {"seed", "split_seed", "name", "method", "device", "data_dir", "checkpoint_dir", "out"}
+NO_FLAGS |= {"resume", "overwrite", "plot", "save", "check_gradient", "export_support", "support"}
+NO_FLAGS |= {"meta_loss", "meta_batch_size", "table", "pack", "attack", "figure", "results", "rows"}
+NO_FLAGS |= {"markdown", "brief", "seeds"}
+
+
+def add_result_arguments(parser):
+    """The flags of a method's result."""
+    add = parser.add_argument_group("the result").add_argument
+    # fmt: off
+    add("--out", default="runs", help="folder of run files; ours lie packed in results/")
+    add("--name", type=word, default="", help="added to the run's name: a variant stands beside it")
+    add("--overwrite", action="store_true", help="run again where a result is there")
+    add("--save", metavar="FILE", help="write the unlearned model there too")
+    add("--plot", action="store_true", help="draw a figure beside the run file")
+    # fmt: on
+
+
+def word(text: str) -> str:
+    """The argparse type of what may stand in a file's name."""
+    if not re.fullmatch(r"[\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} may hold letters, digits and . + - _ alone")
+    return text
+
+
+def run_name(method: str, args) -> str:
+    return f"{method}-{args.name}" if args.name else method
+
+
+def result_path(name: str, args) -> pathlib.Path:
+    folder = f"{pathlib.Path(args.dataset).name}-{setting(args)}"
+    return pathlib.Path(args.out) / folder / f"{name}-seed{args.seed}.json"
+
+
+def flags_of(args) -> dict:
+    """The flags that make a run what it is; to be taken before load, which sets --image-size."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NO_FLAGS}
+
+
+def earlier_result(name: str, args, flags: dict) -> dict | None:
+    """The result of an earlier run with the same flags; None where there is none, or --overwrite.
+
+    Raises SystemExit(2) where its flags were others: nobody's result is replaced in silence.
+    """
+    path = result_path(name, args)
+    if args.overwrite or not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        known = result["flags"]
+        compare(result["metrics"])["unlearned"]
+    except (ValueError, KeyError, TypeError):
+        return say(f"{path} is cut short or of another version; it is made again")
+    for flag in sorted(known | flags):
+        was, now = known.get(flag), flags.get(flag)
+        if was != now:
+            advice = "add --name WORD to keep both, or --overwrite"
+            fail(f"{path} was made with --{flag.replace('_', '-')} {was}, not {now}; {advice}")
+    say(f"{path} is there, made with the same flags; --overwrite runs again")
+    return result
+
+
+def identity_of_run(name, data, split, args, flags) -> dict:
+    """What a run file says of the run."""
+    run = {"name": name, "dataset": data["name"], "setting": setting(args), "seed": args.seed}
+    return run | {"split_seed": args.split_seed, "split_hash": split["hash"], "flags": flags}
+
+
+def report(name, model, rows, seconds, access, flags, data, split, args, **more) -> dict:
+    """Save the unlearned model, write the run file, draw --plot; returns the result as written.
+
+    rows: {original, retrained, unlearned, perhaps others: as measure gives them}. access: {phase:
+    the sets that it read}. flags: as flags_of gives them.
+    """
+    content = dict(kind="model", which="unlearned", model=model.state_dict(), split=split["hash"])
+    content |= dict(architecture=args.model, image_size=args.image_size)
+    content |= dict(target_names=[str(name) for name in data["target_names"]])
+    checkpoint = checkpoint_folder(args) / f"{name}-seed{args.seed}.pt"
+    for target in filter(None, [checkpoint, args.save]):
+        common.save_checkpoint(target, **content)
+    result = identity_of_run(name, data, split, args, flags) | {"access": access, "metrics": rows}
+    result["metric"] = "mAP" if data["targets"].ndim == 2 else "accuracy"
+    result |= more | {"seconds": seconds} | common.provenance(data["device"])
+    path = result_path(name, args)
+    common.write_json(path, result)
+    took = ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items())
+    say(f"result: {path}\nunlearned model: {args.save or checkpoint}\n{took}")
+    if args.plot:
+        title = f"{data['name']}, {setting(args)}, {name}, seed {args.seed}"
+        plot(rows, path.with_suffix(".png"), result["metric"], title)
+        say(f"figure: {path.with_suffix('.png')}")
+    return json.loads(path.read_text())
+
+
+NAMES = {"original": "Trained", "retrained": "Retrained (gold)"}
+NAMES |= {"ascent": "1 ascent step on S", "ft": "FT, same batches"}
+
+
+def show(results: dict) -> dict:
+    """Print the table of results {label: result} that share the two models; returns the last."""
+    rows, seconds = {}, {}
+    for label, result in results.items():
+        if result["flags"].get("dry_run"):
+            label += " (dry)"
+        for name, row in result["metrics"].items():
+            rows[label if name == "unlearned" else name] = row
+        took = result["seconds"]
+        seconds |= {"retrained": took.get("retrain"), "ft": took.get("ft")}
+        seconds[label] = took["unlearn"] + took.get("mi_models", 0)
+    random = all("mi" in row for row in rows.values())
+    lines = gap_lines(rows, seconds) if random else score_lines(rows, result["metric"])
+    say("\n" + render(lines))
+    of = "images of D_r that the method never saw" if random else "identities of D_r"
+    say(f"lost: score (x 100) lost on D_f, and mean +- deviation over a control, 20 sets of {of}.")
+    if any("wrong" in row for row in rows.values()):
+        say("\n" + render(wrong_lines(rows)))
+    return result
+
+
+def score_lines(rows: dict, metric: str) -> list[list[str]]:
+    """METAUNLEARN's row of each model, and what D_f lost beside retained people; all times 100."""
+    lines = [
+        [f"{metric} x 100", "D_r", "D_f", "D_te", "ToW", "D_f lost", "control lost", "below D_f"]
+    ]
+    for name, t in compare(rows).items():
+        scores = [f"{100 * rows[name][s]['score']:.1f}" for s in MAIN_SETS]
+        less = f"{100 * t['controls_that_lost_less']:.0f} %"  # of the control sets
+        lines.append(
+            [NAMES.get(name, name), *scores, f"{100 * t['tow']:.1f}", *lost_cells(t), less]
+        )
+    return lines
+
+
+def gap_lines(rows: dict, seconds: dict) -> list[list[str]]:
+    """LTU's row of each model: UA, RA, TA, MI in percent with the gap to the gold model, UT."""
+    heads = [f"{key} (gap)" for key in ("UA", "RA", "TA", "MI")]
+    lines = [["", *heads, "avg gap", "UT, s", "ToW", "D_f lost", "control lost"]]
+    gold = paper_figures(rows["retrained"])
+    for name, t in compare(rows).items():
+        row, took = paper_figures(rows[name]), seconds.get(name)
+        cells = [f"{100 * x:.2f} ({100 * abs(x - gold[key]):.2f})" for key, x in row.items()]
+        cells += [f"{100 * average_gap(row, gold):.2f}", "" if took is None else f"{took:.1f}"]
+        lines.append([NAMES.get(name, name), *cells, f"{100 * t['tow']:.1f}", *lost_cells(t)])
+    return lines
+
+
+def lost_cells(t: dict) -> list[str]:
+    mean, std = 100 * t["control_lost_mean"], 100 * t["control_lost_std"]
+    return [f"{100 * t['forget_lost']:.1f}", f"{mean:.1f} +- {std:.1f}"]
+
+
+def wrong_lines(rows: dict) -> list[list[str]]:
+    sets = ("D_f", "D_r_hat", "rest of D_r")
+    lines = [["error (%) on flipped / clean labels", *sets]]
+    for name, row in rows.items():
+        shares = [row["wrong"][s].values() for s in sets]
+        texts = [["-" if x is None else f"{100 * x:.1f}" for x in share] for share in shares]
+        lines.append([NAMES.get(name, name), *(" / ".join(text) for text in texts)])
+    return lines
+
+
+def render(lines: list[list[str]], markdown=False) -> str:
+    """A table as text, the first column flush left, or as Markdown."""
+    if markdown:
+        rows = ["| " + " | ".join(line) + " |" for line in lines]
+        return "\n".join([rows[0], "| " + " | ".join(["---"] * len(lines[0])) + " |", *rows[1:]])
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = []
+    for first, *others in lines:
+        cells = [cell.rjust(w) for cell, w in zip(others, width[1:], strict=True)]
+        rows.append("  ".join([first.ljust(width[0]), *cells]).rstrip())
+    return "\n".join(rows)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure, path):
+    with common.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot().close(figure)
+
+
+def plot(rows: dict, path: pathlib.Path, metric: str, title: str):
+    """Two panels: the scores of each model, and what it lost on D_f beside the control sets."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    shades, hatches = ["0.15", "0.45", "0.70", "0.95"], ["", "//", "..", "xx"]
+    sets = {"retain": "$D_r$ retain", "forget": "$D_f$ forget", "test": "$D_{te}$ test"}
+    names, table = {name: NAMES.get(name, "unlearned") for name in rows}, compare(rows)
+    scores = {name: [100 * row[s]["score"] for s in sets] for name, row in rows.items()}
+    for i, name in enumerate(rows):
+        style = dict(color=shades[i], hatch=hatches[i], edgecolor="black", label=names[name])
+        left.bar(np.arange(3) + 0.2 * i - 0.3, scores[name], 0.2, **style)
+    left.set_xticks(range(3), list(sets.values()))
+    left.set_ylabel(f"{metric} (%)")
+    left.set_ylim(min(map(min, scores.values())) - 5, None)
+    shown = [name for name in rows if name != "original"]
+    before = np.array(rows["original"]["control"]["score"])
+    control, forget = dict(marker="|", s=120, color="0.5"), dict(marker="D", s=50, color="black")
+    for i, name in enumerate(shown):
+        lost = 100 * (before - np.array(rows[name]["control"]["score"]))
+        right.scatter(lost, np.full(len(lost), i), **control)
+        right.scatter([100 * table[name]["forget_lost"]], [i], **forget)
+    right.scatter([], [], **control, label="20 control sets out of $D_r$")
+    right.scatter([], [], **forget, label="$D_f$, what is to be forgotten")
+    right.axvline(0, color="0.8", linewidth=1, zorder=0)
+    right.set_yticks(range(len(shown)), [names[name] for name in shown])
+    right.set_ylim(-0.6, len(shown) - 0.4)
+    right.set_xlabel(f"{metric} lost (percentage points)")
+    for axes in (left, right):
+        place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(fontsize=8, ncols=2, frameon=False, **place)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables: which runs stand in which rows
+
+_ALL = {"FT": "ft", "RandL": "randl", "GA": "ga", "Amnesiac": "amnesiac", "Fisher": "fisher"}
+_ALL |= {"SSD": "ssd", "BadT": "badt", "SalUn": "salun", "SCRUB": "scrub", "PGU": "pgu"}
+_ALL |= {"JiT": "jit", "Influence (ours)": "influence"}
+_SUPPORT = {label: _ALL[label] for label in ("JiT", "PGU", "SSD", "GA", "Influence (ours)")}
+_OTHERS = {label: _ALL[label] for label in ("FT", "RandL", "Amnesiac", "Fisher", "SalUn")}
+_META = {"METAUNLEARN": "metaunlearn-paper"}
+_LTU = {"LTU": "ltu"}
+# {table: {label: name of the run}}. The last row is the one with which the others are compared;
+# Trained, Retrained and the second gold model stand above them in every table.
+TABLES = {
+    "mu1": {
+        "Bad Teacher": "badt",
+        "SCRUB": "scrub",
+        **_SUPPORT,
+        **_META,
+        "METAUNLEARN code": "metaunlearn-code",
+        "METAUNLEARN selective (ours)": "metaunlearn-selective",
+    },
+    "mu3": {
+        "SCRUB": "metaunlearn-paper-scrub",
+        "First term": "metaunlearn-paper-first-unweighted",
+        "First term + Accuracy": "metaunlearn-paper-first",
+        "Second term": "metaunlearn-paper-second-unweighted",
+        "Second term + Accuracy": "metaunlearn-paper-second",
+        "First & Second terms": "metaunlearn-paper-unweighted",
+        **_META,
+    },
+    "mu4": {
+        "logits": "metaunlearn-paper-logits",
+        "+ features": "metaunlearn-paper-logits-features",
+        "+ features and targets": "metaunlearn-paper-logits-features-targets",
+        **_META,
+    },
+    "mu7": {"other N_S": "metaunlearn-paper-meta-ids", **_META},
+    "mu-others": _OTHERS | _META,
+    "mu-pictures": {label: f"{name}-all-pictures" for label, name in _SUPPORT.items()} | _META,
+    "ltu1": _ALL | _LTU,
+    "ltu2": {},
+    "ltu3": {f"w/o {p}": f"ltu-no-{p.lower()}" for p in ("ForFeed", "RemFeed", "MetaOpt")} | _LTU,
+    "ltu4": {"GradAdd": "ltu-add", "Iterative": "ltu-iterative", **_LTU},
+    "ltu-departures": {
+        "first order": "ltu-first-order",
+        "two MI models": "ltu-2-mi-models",
+        "eight MI models": "ltu-8-mi-models",
+        "120 iterations": "ltu-120-iterations",
+        "all of D_r (rho 1)": "ltu-rho1",
+        **_LTU,
+    },
 }
-# (--dataset, script, words): flags that only that script takes, for the rows whose flags hold these words; all that match are joined.
-OWN_FLAGS = {
-    ("toyfaces", "baselines", ""): "--search",
-    ("toyfaces-heldout", "baselines", ""): "--search",
-    ("digits", "baselines", ""): "--search",
-    ("digits", "ltu", "--forget-ratio 0.5"): "--alpha 0.1",
-    ("cifar10-small", "baselines", ""): "--search",
-    ("cifar10-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.05 --beta 0.1",
-    ("tinyimagenet-small", "baselines", ""): "--search",
-    ("tinyimagenet-small", "ltu", ""): "--support-size 64 --iterations 50 --alpha 0.01 --beta 0.01",
-    **{("faces-small", "baselines", f"--method {m}"): "--unlearn-epochs 3" for m in ("ft", "randl", "amnesiac", "salun")},
-    # Bad Teacher and SCRUB keep the authors' flags: searching them takes passes over all of D for each value and request
-    **{("faces-small", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit", "influence")},
-    # 561 outer steps, the authors' number for CelebA-HQ/20: 36, 18 or 9 requests an epoch
-    ("faces-small", "metaunlearn", "--ids 5"): "--meta-epochs 16",
-    ("faces-small", "metaunlearn", "--ids 10"): "--meta-epochs 31",
-    ("faces-small", "metaunlearn", "--ids 20"): "--meta-epochs 62",
-    ("faces-vit", "metaunlearn", ""): "--val-images 64 --retain-images 64",
-    ("faces-vit", "metaunlearn", "--ids 5"): "--meta-epochs 1",
-    ("faces-vit", "metaunlearn", "--ids 10"): "--meta-epochs 2",
-    ("faces-vit", "metaunlearn", "--preset paper"): "--eta 0.001",
-    ("faces-vit", "metaunlearn", "--preset code"): "--alpha 1e-3",
-    ("faces-vit", "metaunlearn", "--preset selective"): "--alpha 1e-3 --eta 0.03",
-    **{("faces-vit", "baselines", f"--method {m}"): "--search" for m in ("ga", "ssd", "pgu", "jit", "influence")},
-}
-
-# --table: (kind, rows); a row is (label, script, flags). Trained, Retrained and the second gold model stand above them in every table.
-_SUPPORT = [(label, "baselines", f"--method {m}") for label, m in (("JiT", "jit"), ("PGU", "pgu"), ("SSD", "ssd"), ("GA", "ga"))]
-_SUPPORT += [("Influence (ours)", "baselines", "--method influence")]
-_META = [("METAUNLEARN", "metaunlearn", "--preset paper"), ("METAUNLEARN code", "metaunlearn", "--preset code")]
-_META += [("METAUNLEARN selective (ours)", "metaunlearn", "--preset selective")]
-_ALL = [("FT", "ft"), ("RandL", "randl"), ("GA", "ga"), ("Amnesiac", "amnesiac"), ("Fisher", "fisher"), ("SSD", "ssd")]
-_ALL += [("BadT", "badt"), ("SalUn", "salun"), ("SCRUB", "scrub"), ("PGU", "pgu"), ("JiT", "jit")]
-_ALL += [("Influence (ours)", "influence")]
-_LTU = [("LTU", "ltu", "--rho 0.3")]
-_MU1 = [("Bad Teacher", "baselines", "--method badt"), ("SCRUB", "baselines", "--method scrub"), *_SUPPORT, *_META]
-PLAN = {
-    "mu1": ("mu", _MU1),
-    "mu2": ("mu", _MU1),
-    "mu3": (
-        "mu",
-        [
-            ("SCRUB", "metaunlearn", "--preset paper --aux-loss scrub"),
-            ("First term", "metaunlearn", "--preset paper --aux-loss first --no-accuracy-weight"),
-            ("First term + Accuracy", "metaunlearn", "--preset paper --aux-loss first"),
-            ("Second term", "metaunlearn", "--preset paper --aux-loss second --no-accuracy-weight"),
-            ("Second term + Accuracy", "metaunlearn", "--preset paper --aux-loss second"),
-            ("First & Second terms", "metaunlearn", "--preset paper --no-accuracy-weight"),
-            ("METAUNLEARN", "metaunlearn", "--preset paper"),
-        ],
-    ),
-    "mu4": (
-        "mu",
-        [
-            ("logits", "metaunlearn", "--preset paper --inputs logits"),
-            ("+ features", "metaunlearn", "--preset paper --inputs logits,features"),
-            ("+ features and targets", "metaunlearn", "--preset paper --inputs logits,features,targets"),
-            ("METAUNLEARN", "metaunlearn", "--preset paper"),
-        ],
-    ),
-    "mu7": ("mu", [("other N_S", "metaunlearn", "--preset paper --meta-ids {other}"), ("METAUNLEARN", "metaunlearn", "--preset paper")]),
-    "mu-others": (  # LTU's baselines, made to forget identities
-        "mu",
-        [
-            *[(label, "baselines", f"--method {m}") for label, m in _ALL if m in ("ft", "randl", "amnesiac", "fisher", "salun")],
-            ("METAUNLEARN", "metaunlearn", "--preset paper"),
-        ],
-    ),
-    "mu-pictures": (  # what one picture costs: the methods that have the Support set, given all of D_f
-        "mu",
-        [*[(label, script, f"{own} --all-pictures") for label, script, own in _SUPPORT], ("METAUNLEARN", "metaunlearn", "--preset paper")],
-    ),
-    "mu-departures": (  # where metaunlearn.py's head says that paper and code differ or we chose: one at a time
-        "mu",
-        [
-            ("smooth-L1 distance", "metaunlearn", "--preset paper --distance smooth_l1"),
-            ("no gradient through D_v", "metaunlearn", "--preset paper --stop-val-gradient"),
-            ("pairs of 64 images", "metaunlearn", "--preset paper --pair-size 64"),
-            ("all of D_v in each step", "metaunlearn", "--preset paper --val-images 0"),
-            ("embeddings frozen", "metaunlearn", "--preset paper --freeze-embeddings"),
-            ("random last layer", "metaunlearn", "--preset paper --no-zero-init"),
-            ("METAUNLEARN", "metaunlearn", "--preset paper"),
-        ],
-    ),
-    "ltu1": ("ltu", [(label, "baselines", f"--method {m}") for label, m in _ALL] + _LTU),
-    "ltu2": (
-        "ltu",
-        [
-            (f"{label}, rho {rho}", "baselines" if m else "ltu", (f"--method {m} " if m else "") + f"--rho {rho}")
-            for rho in (0.1, 0.3)
-            for label, m in (("FT", "ft"), ("RandL", "randl"), ("BadT", "badt"), ("SalUn", "salun"), ("LTU", None))
-        ],
-    ),
-    "ltu3": ("ltu", [(f"w/o {n}", "ltu", f"--no-{n.lower()}") for n in ("ForFeed", "RemFeed", "MetaOpt")] + _LTU),
-    "ltu4": ("ltu", [("GradAdd", "ltu", "--combine add"), ("Iterative", "ltu", "--combine iterative"), *_LTU]),
-    "ltu-departures": (
-        "ltu",
-        [
-            ("first order", "ltu", "--first-order"),
-            ("two MI models", "ltu", "--mi-models 2"),
-            ("eight MI models", "ltu", "--mi-models 8"),
-            ("120 iterations", "ltu", "--iterations 120"),
-            ("all of D_r (rho 1)", "ltu", "--rho 1"),
-            *_LTU,
-        ],
-    ),
-}
-OTHER_IDS = {5: 10, 10: 5, 20: 50, 50: 20}  # METAUNLEARN Table 7: N_S while meta-training, for N_S to forget
-
-# The papers' numbers, in percent: (table, column): {row: UA RA TA MI, or D_r D_f D_te ToW, or ToW alone}. A paper's average gap is
-# worked out from its printed UA, RA, TA and MI. METAUNLEARN's Table 2 and Table 4 are lost but for what its text states.
-_LTU1 = ("Retrained", "FT", "RandL", "GA", "Amnesiac", "Fisher", "SSD", "BadT", "SalUn", "LTU")
+for _rho in (0.1, 0.3):
+    for _label in ("FT", "RandL", "BadT", "SalUn"):
+        TABLES["ltu2"][f"{_label}, rho {_rho}"] = f"{_ALL[_label]}-rho{_rho}"
+    TABLES["ltu2"][f"LTU, rho {_rho}"] = "ltu" if _rho == 0.3 else f"ltu-rho{_rho}"
 
 
-def _rows(labels, numbers: str) -> dict:
-    values = [float(x) for x in numbers.split()]
-    per = len(values) // len(labels)
-    return {label: tuple(values[i * per : (i + 1) * per]) for i, label in enumerate(labels)}
+def labels_of(kind: str) -> dict:
+    """{name of a run: its label} in all tables of a kind; equal labels are told apart by table."""
+    labels = {}
+    for table, rows in TABLES.items():
+        for label, name in rows.items() if table.startswith(kind) else ():
+            if name not in labels:
+                labels[name] = f"{label} ({table})" if label in labels.values() else label
+    return labels
 
 
-_MU_ROWS = ("Trained", "Bad Teacher", "SCRUB", "JiT", "PGU", "SSD", "METAUNLEARN")
-_LOSSES = ("SCRUB", "First term", "First term + Accuracy", "Second term", "Second term + Accuracy", "First & Second terms", "METAUNLEARN")
-PAPER = {
-    ("mu1", "CelebA-HQ/20"): _rows(
-        _MU_ROWS,
-        "84.8 83.0 80.7 95.5 84.4 82.3 80.3 95.6 88.1 80.2 81.2 94.7 78.2 75.9 75.0 85.7 84.6 82.8 80.6 95.6 83.4 82.0 79.6 94.3 "
-        "84.5 82.6 80.7 95.7",
-    )
-    | {"Retrained": (84.7, 78.6, 80.8)},
-    ("mu1", "CelebA-HQ/50"): _rows(
-        _MU_ROWS,
-        "84.9 83.8 80.8 94.8 83.6 81.9 79.4 95.1 87.0 81.4 81.2 94.7 66.3 65.3 64.7 59.2 84.6 83.7 80.5 94.9 72.7 70.9 70.9 73.7 "
-        "84.1 82.5 80.6 95.9",
-    )
-    | {"Retrained": (84.6, 79.1, 80.6)},
-    ("mu1", "CelebA/5"): _rows(("Trained", "JiT", "METAUNLEARN", "SSD"), "97.2 97.6 97.2 8.4"),
-    ("mu1", "CelebA/10"): _rows(("Trained", "PGU", "METAUNLEARN", "JiT", "SSD"), "97.3 97.4 97.4 96.9 10.0"),
-    ("mu3", "CelebA-HQ/20"): _rows(_LOSSES, "94.3 8.3 8.1 95.7 95.7 95.6 95.8"),
-    ("mu3", "CelebA-HQ/50"): _rows(_LOSSES[1:], "32.4 8.2 95.1 95.7 95.4 95.9"),  # SCRUB: out of memory
-    ("mu3", "CelebA/5"): _rows(_LOSSES, "51.7 7.6 7.6 97.1 97.2 97.1 97.2"),
-    ("mu3", "CelebA/10"): _rows(_LOSSES, "55.4 6.9 6.9 97.4 97.3 97.3 97.4"),
-    ("mu4", "CelebA-HQ/20"): _rows(("logits", "+ features", "METAUNLEARN"), "95.0 96.1 95.8"),
-    ("mu4", "CelebA-HQ/50"): _rows(("logits", "+ features", "METAUNLEARN"), "93.0 95.4 95.9"),
-    ("mu7", "CelebA-HQ/20"): _rows(("other N_S", "METAUNLEARN"), "95.6 95.7"),
-    ("mu7", "CelebA-HQ/50"): _rows(("other N_S", "METAUNLEARN"), "95.7 95.9"),
-    ("mu7", "CelebA/5"): _rows(("other N_S", "METAUNLEARN"), "96.9 97.2"),
-    ("mu7", "CelebA/10"): _rows(("other N_S", "METAUNLEARN"), "97.3 97.4"),
-    ("ltu1", "CIFAR-10, 10 %"): _rows(
-        _LTU1,
-        "5.24 100 94.26 12.88 0.63 99.88 94.06 2.70 7.61 99.67 92.83 37.39 0.69 99.50 94.01 1.70 7.58 98.87 91.98 3.76 "
-        "86.95 20.42 19.01 7.13 9.91 87.87 82.19 5.56 17.66 98.44 83.59 27.70 4.09 99.41 93.19 12.58 4.37 99.83 93.95 12.97",
-    ),
-    ("ltu1", "CIFAR-10, 50 %"): _rows(
-        _LTU1,
-        "7.91 100 91.72 19.29 0.44 99.96 94.23 2.15 4.80 99.55 91.31 41.95 0.40 99.61 94.34 1.22 14.99 75.21 74.45 1.94 "
-        "77.09 22.68 22.93 8.51 18.18 89.47 80.25 11.40 27.58 80.71 79.25 39.66 7.54 98.06 89.93 23.08 7.88 99.12 90.77 17.39",
-    ),
-    ("ltu1", "Tiny-ImageNet, 10 %"): _rows(
-        _LTU1,
-        "34.24 99.98 68.23 16.86 32.70 87.97 63.97 19.98 62.39 42.73 33.64 21.48 81.50 16.94 14.38 7.01 80.59 14.65 13.79 4.69 "
-        "83.96 20.49 19.64 9.29 85.23 23.81 23.88 19.20 52.35 59.75 51.15 22.24 32.32 94.07 63.55 19.23 33.44 96.47 64.04 15.13",
-    ),
-    ("ltu1", "Tiny-ImageNet, 50 %"): _rows(
-        _LTU1,
-        "37.80 99.80 55.74 14.79 34.44 86.20 48.30 10.91 63.42 32.18 28.72 9.31 88.04 13.17 10.13 22.53 82.85 20.54 9.45 20.06 "
-        "90.05 11.57 7.36 12.13 83.48 24.97 18.27 20.12 56.88 70.00 42.12 22.02 34.39 93.89 50.80 17.99 36.38 95.22 52.99 15.57",
-    ),
-    ("ltu2", "CIFAR-10, 10 %"): _rows(
-        ["Retrained"] + [f"{m}, rho {rho}" for rho in (0.1, 0.3) for m in ("FT", "RandL", "BadT", "SalUn", "LTU")],
-        "5.24 100 94.06 12.88 10.61 88.01 85.57 9.04 20.42 80.55 78.91 38.40 59.93 39.49 40.04 25.50 4.09 90.97 86.81 14.72 "
-        "5.43 92.33 89.89 12.34 9.65 88.97 87.99 9.23 13.29 87.16 80.62 35.16 37.17 62.97 59.02 23.31 4.88 92.28 91.11 14.69 "
-        "4.37 99.83 93.95 12.97",
-    ),
-    ("ltu3", "CIFAR-10, 10 %"): _rows(
-        ("Retrained", "w/o ForFeed", "w/o RemFeed", "w/o MetaOpt", "LTU"),
-        "5.24 100 94.26 12.88 11.97 98.34 93.21 28.81 23.35 72.30 70.51 25.16 18.09 91.24 90.22 16.56 4.37 99.83 93.95 12.97",
-    ),
-    ("ltu4", "CIFAR-10, 10 %"): _rows(
-        ("Retrained", "GradAdd", "Iterative", "LTU"),
-        "5.24 100 94.26 12.88 6.26 97.40 89.54 15.80 7.11 96.13 87.51 16.03 4.37 99.83 93.95 12.97",
-    ),
-}
+def paper_numbers(table: str, column: str) -> dict:
+    """The paper's numbers {row: values} in a column of a table, from results/paper.csv."""
+    path, numbers = HERE / "results" / "paper.csv", {}
+    with open(path, newline="") if path.is_file() else contextlib.nullcontext([]) as file:
+        for own_table, own_column, row, *values in csv.reader(file):
+            if (own_table, own_column) == (table, column):
+                numbers[row] = tuple(float(x) for x in values if x)
+    return numbers
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
+# Reading and packing runs
+
+
+def read_results(paths) -> tuple[dict, list[dict]]:
+    """(header, runs) of packed .jsonl files, or of folders of run files.
+
+    A packed file's first line is the header: title, the paper's column, and the flags that its runs
+    share; each further line is a run with the flags that differ. A run without rows of the original
+    and the gold model has those of the first run of its split seed. What cannot be read in a folder
+    is named and left out. Raises SystemExit(2) where nothing can be read.
+    """
+    header, runs = None, []
+    for path in map(pathlib.Path, paths):
+        if path.suffix == ".jsonl" and path.is_file():
+            try:
+                own, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+                runs += [run | {"flags": own["flags"] | run["flags"]} for run in filled(lines)]
+                header = header or {"title": own["title"], "paper": own["paper"], **own}
+            except (ValueError, KeyError, TypeError) as error:
+                fail(f"{path} is no packed file of results ({type(error).__name__}: {error})")
+            continue
+        for file in sorted(path.glob("*-seed*.json")):
+            try:
+                run = json.loads(file.read_text())
+                assert {"name", "seed", "split_seed", "split_hash", "flags"} <= set(run)
+                assert "attacks" in run or compare(run["metrics"])["unlearned"]
+                runs.append(run)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                say(f"skipped {file}: cut short or of another version")
+    if not runs:
+        named = ", ".join(map(str, paths))
+        fail(f"no run in {named}: name .jsonl files of results/, or folders with run files")
+    first = runs[0]["flags"]
+    same = {k: v for k, v in first.items() if all(run["flags"].get(k, ...) == v for run in runs)}
+    title = re.sub(r"-split\d+", "", f"{runs[0].get('dataset')}, {runs[0].get('setting')}")
+    return header or {"title": title, "paper": "", "flags": same}, runs
+
+
+def filled(runs: list[dict]) -> list[dict]:
+    """Runs with the rows of the original and the gold model that a packed file leaves out."""
+    first = {}
+    for run in runs:
+        if "metrics" in run:
+            known = first.setdefault(run["split_seed"], run["metrics"])
+            run["metrics"] = {row: known[row] for row in ("original", "retrained")} | run["metrics"]
+    return runs
+
+
+def pack(paths, target: pathlib.Path):
+    """Append runs to a packed file, six decimals a number; a run that is there is replaced."""
+    header, runs = read_results(paths)
+    if target.is_file():
+        header, old = read_results([target])
+        fresh = {identity_of(run) for run in runs}
+        runs = [run for run in old if identity_of(run) not in fresh] + runs
+    lines, first = [json.dumps(header, ensure_ascii=False)], {}
+    left_out = {"dataset", "setting", "metric", "peak_memory_bytes", "versions", "date", "log"}
+    for run in sorted(runs, key=identity_of):
+        own = {key: rounded(value) for key, value in run.items() if key not in left_out}
+        own["flags"] = {k: v for k, v in run["flags"].items() if header["flags"].get(k, ...) != v}
+        known = first.setdefault(run["split_seed"], own["metrics"]) if "metrics" in own else None
+        if known is not own.get("metrics"):
+            same = {row for row in ("original", "retrained") if own["metrics"][row] == known[row]}
+            own["metrics"] = {k: v for k, v in own["metrics"].items() if k not in same}
+        lines.append(json.dumps(own, ensure_ascii=False, separators=(",", ":")))
+    with common.atomic_write(target) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    say(f"{target}: {len(lines) - 1} runs")
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def identity_of(run) -> tuple:
+    return run["name"], run["split_seed"], run["seed"]
+
+
+def kind_of(runs) -> str:
+    """Whose protocol the runs follow: METAUNLEARN's (identities) or LTU's."""
+    return "mu" if any(run["flags"]["forget"] == "identities" for run in runs) else "ltu"
+
+
+def collect(rows: dict, runs: list[dict]) -> tuple[dict, list]:
+    """({label: {k: run}}, [why a run was left out]) of a table; runs are paired by split seed k.
+
+    A run counts only if its split, its original and its gold model are those of most others with
+    its split seed.
+    """
+    found, skipped = {}, []
+    wanted = {"retrain": "Second gold"} | {name: label for label, name in rows.items()}
+    for k in sorted({run["split_seed"] for run in runs}):
+        here = [run for run in runs if run["split_seed"] == k and run["name"] in wanted]
+        keys = [(run["split_hash"], *original_scores(run)) for run in here]
+        usual = max(keys, key=keys.count) if keys else None
+        for run, key in zip(here, keys, strict=True):
+            if key == usual:
+                found.setdefault(wanted[run["name"]], {})[k] = run
+                continue
+            what = "split" if key[0] != usual[0] else "original or gold model"
+            skipped.append(f"{run['name']}, split {k}: of another {what} {key}")
+    return {label: found[label] for label in ["Second gold", *rows] if label in found}, skipped
+
+
+def original_scores(run) -> list[float]:
+    """D_f's and the test score of the original and gold model, which show what models these are."""
+    rows = [run["metrics"][name] for name in ("original", "retrained")]
+    return [round(100 * row[s]["score"], 1) for row in rows for s in ("forget", "test")]
+
+
+# --------------------------------------------------------------------------------------------------
 # Statistics
 
 
 def interval(values) -> tuple[float, float]:
-    """Mean and half the width of Student's 95 % confidence interval of the mean; NaN for one value."""
+    """Mean, and half the width of Student's 95 % interval of the mean; NaN for one value."""
     from scipy import stats  # comes with scikit-learn
 
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
 
 
 def verdict(mean: float, half: float, more_is_better: bool) -> str:
-    """What the paired difference says: better, worse, or within noise where the interval holds 0."""
+    """What a paired difference says: better, worse, or within noise where the interval holds 0."""
     if np.isnan(half):
         return "one seed"
     if abs(mean) <= half:
@@ -307,162 +624,9 @@ def verdict(mean: float, half: float, more_is_better: bool) -> str:
     return "better" if (mean > 0) == more_is_better else "worse"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading results
-
-KEYS = ("method", "dataset", "setting", "seed", "split_hash", "access", "args", "metrics", "comparison", "tow", "seconds")
-
-
-def read_result(path: pathlib.Path, own, kind: str) -> tuple[dict | None, str | None, bool]:
-    """(result, None, False), or (None, why it cannot be used, whether to make it again): a file cut short or of another version is
-    made again; one of another recipe than `own`'s is somebody's, and stays.
-    """
-    try:
-        result = json.loads(path.read_text())
-    except ValueError:
-        return None, "cut short or no JSON", True
-    missing = [key for key in KEYS if not isinstance(result, dict) or key not in result]
-    if missing:
-        return None, f"another version: it has no {missing[0]}", True
-    try:
-        for name in ("original", "retrained", "unlearned"):
-            quantities(result, name, kind)
-    except (KeyError, TypeError, AttributeError):
-        return None, f"another version: its row {name} is not complete", True
-    for flag in (f for f in training.RECIPE if f not in ("amp", "init")):
-        made = result["args"].get(flag, getattr(own, flag))
-        if made != getattr(own, flag):
-            said = f"--{flag.replace('_', '-')} {made}, this table has {getattr(own, flag)}"
-            return None, f"made with {said}; another --out keeps both", False
-    return result, None, False
-
-
-def original_scores(result) -> list[float]:
-    """D_f's and the test score of the original and the gold model, by which a file shows which models it is about."""
-    return [round(100 * result["metrics"][name][s]["score"], 1) for name in ("original", "retrained") for s in ("forget", "test")]
-
-
-def parts(args) -> list[tuple]:
-    """The parts of a table: all, or --part alone; LTU's Tables 2 to 4 are about a tenth forgotten."""
-    own = SETTINGS[args.dataset][: 1 if args.table in ("ltu2", "ltu3", "ltu4", "ltu-departures") else None]
-    return own[args.part - 1 : args.part] if args.part else own
-
-
-def seed_flags(flags: str, k: int) -> list[str]:
-    """Seed k of a table: identities are drawn anew with one training seed, random samples with a training seed each."""
-    return ["--split-seed", str(k)] + ([] if "--ids" in flags else ["--seed", str(k)])
-
-
-def command(row, part, k, args) -> list[str] | None:
-    """The command line, without `python`, that makes a row's result; None where the row does not apply to this part."""
-    (_, script, own), (_, flags, _) = row, part
-    if "{other}" in own:
-        ids = int(flags.split("--ids ")[1].split()[0])
-        if ids not in OTHER_IDS:
-            return None
-        own = own.format(other=OTHER_IDS[ids])
-    words = f"{flags} {own} "
-    extra = shlex.split(
-        " ".join(f for (name, of, word), f in OWN_FLAGS.items() if (name, of) == (args.dataset, script) and f"{word} " in words)
-    )
-    return [f"{script}.py", *shlex.split(flags), *extra, *shlex.split(own), *seed_flags(flags, k), *places(args)]
-
-
-def places(args) -> list[str]:
-    """The flags that every script gets. A setting that is no data set, such as faces-small, has a folder of results of its own:
-    its runs have the same names as those of other settings on the same data set.
-    """
-    out = args.out if f"--dataset {args.dataset} " in SETTINGS[args.dataset][0][1] + " " else str(pathlib.Path(args.out) / args.dataset)
-    folders = ["--out", out, "--checkpoint-dir", args.checkpoint_dir, "--data-dir", args.data_dir, "--device", args.device]
-    return folders + shlex.split(args.flags)
-
-
-def parsed(line: list[str]) -> tuple[argparse.Namespace, str]:
-    """(arguments, name of the run) of a command line, as its script understands it."""
-    script = SCRIPTS[line[0].removesuffix(".py")]
-    own = script.parse_args(line[1:])
-    if script is not baselines:
-        return own, own.method
-    chosen = baselines.own_args(own.method[0], own)
-    return chosen, baselines.run_name(own.method[0], chosen, own.search)
-
-
-def result_path(own, name) -> pathlib.Path:
-    return pathlib.Path(own.out) / f"{pathlib.Path(own.dataset).name}-{setting(own)}" / f"{name}-seed{own.seed}.json"
-
-
-def collect(part, rows, args) -> tuple[dict, list, list]:
-    """({label: {k: result}}, [(label, command)] of missing runs, [why a file was skipped]) of one part of a table."""
-    found, missing, skipped = {}, [], []
-    for k in range(args.seeds):
-        here = {}
-        for row in [("Second gold", None, ""), *rows]:
-            line = command(("", "baselines", "--method ft") if row[1] is None else row, part, k, args)
-            if line is None:
-                continue
-            own, name = parsed(line)
-            path = result_path(own, name if row[1] else "retrain")
-            if not path.is_file():
-                if row[1]:
-                    missing.append((row[0], line))
-                continue
-            result, why, again = read_result(path, own, "mu" if "--ids" in part[1] else "ltu")
-            if again and row[1]:
-                missing.append((row[0], line))
-            if why:
-                skipped.append(f"{path}: {why}")
-            else:
-                here[row[0]] = (path, result)
-        keys = [(result["split_hash"], *original_scores(result)) for _, result in here.values()]
-        usual = max(keys, key=keys.count) if keys else None
-        for (label, (path, result)), key in zip(here.items(), keys, strict=True):
-            if key == usual:
-                found.setdefault(label, {})[k] = result
-            else:
-                what = "split" if key[0] != usual[0] else "original or gold model"
-                skipped.append(f"{path}: of another {what} ({' '.join(map(str, key))}; the others {' '.join(map(str, usual))})")
-    return found, missing, skipped
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def quantities(result: dict, row: str, kind: str) -> dict:
-    """A row's figures in percent; `main` is ToW (more is better) or the average gap (less is better)."""
-    table = result["comparison"][row]
-    lost = 100 * (table["forget_lost"] - table["control_lost_mean"])
-    if kind == "mu":
-        r, f, te = (100 * result["metrics"][row][s]["score"] for s in ("retain", "forget", "test"))
-        return {"D_r": r, "D_f": f, "D_te": te, "ToW": 100 * table["tow"], "lost": lost, "main": 100 * table["tow"]}
-    figures = {name: paper_figures(result["metrics"][name]) for name in {row, "retrained"}}
-    values = {key.upper(): 100 * value for key, value in figures[row].items()}
-    gaps = {f"{key.upper()} gap": 100 * abs(value - figures["retrained"][key]) for key, value in figures[row].items()}
-    return values | gaps | {"lost": lost, "main": 100 * average_gap(figures, row)}
-
-
-def rows_of(found: dict, kind: str) -> dict:
-    """{label: {k: quantities}} with Trained and Retrained, which every result file holds, in front."""
-    table = {}
-    for k in sorted({k for results in found.values() for k in results}):
-        first = next(results[k] for results in found.values() if k in results)
-        for label, name in (("Trained", "original"), ("Retrained", "retrained")):
-            table.setdefault(label, {})[k] = quantities(first, name, kind)
-    for label, results in found.items():
-        table[label] = {
-            k: quantities(result, "unlearned", kind)
-            | {
-                "floor": quantities(result, "original", kind)["main"],
-                "UT": result["seconds"]["unlearn"] + result["seconds"].get("mi_models", 0),
-                "touches": ", ".join(result["access"]["unlearning"]),
-            }
-            for k, result in results.items()
-        }
-    return table
-
-
 def mean_std(values) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
+    std = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{std}"
 
 
 def with_half(mean: float, half: float, digits=1) -> str:
@@ -470,44 +634,81 @@ def with_half(mean: float, half: float, digits=1) -> str:
     return f"{mean:+.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def difference(pairs, better: bool) -> str:
+def difference(pairs, more_is_better: bool) -> str:
     """Paired difference with its interval and what it says."""
     mean, half = interval([a - b for a, b in pairs])
-    said = "no difference" if abs(mean) < 0.05 and not abs(mean) <= half else verdict(mean, half, better)  # it would print as 0.0
+    said = verdict(mean, half, more_is_better)
+    if abs(mean) < 0.05 and not abs(mean) <= half:  # it would print as 0.0
+        said = "no difference"
     return f"{with_half(mean, half)} ({said})"
 
 
-def cells(table: dict, kind: str, paper: dict, reference: str) -> list[list[str]]:
-    """Header and rows of one part of a table, as text."""
+# --------------------------------------------------------------------------------------------------
+# Printing tables
+
+
+def quantities(run: dict, row: str, kind: str) -> dict:
+    """A row's figures in percent; `main` is ToW (more is better) or the average gap (less is)."""
+    t, metrics = compare(run["metrics"])[row], run["metrics"]
+    lost = 100 * (t["forget_lost"] - t["control_lost_mean"])
+    if kind == "mu":
+        r, f, te = (100 * metrics[row][s]["score"] for s in MAIN_SETS)
+        return {"D_r": r, "D_f": f, "D_te": te, "lost": lost, "main": 100 * t["tow"]}
+    figures, gold = paper_figures(metrics[row]), paper_figures(metrics["retrained"])
+    values = {key.upper(): 100 * value for key, value in figures.items()}
+    gaps = {f"{key.upper()} gap": 100 * abs(value - gold[key]) for key, value in figures.items()}
+    return values | gaps | {"lost": lost, "main": 100 * average_gap(figures, gold)}
+
+
+def rows_of(found: dict, kind: str) -> dict:
+    """{label: {k: quantities}} with Trained and Retrained, which every run holds, in front."""
+    table = {}
+    for k in sorted({k for runs in found.values() for k in runs}):
+        first = next(runs[k] for runs in found.values() if k in runs)
+        for label, name in (("Trained", "original"), ("Retrained", "retrained")):
+            table.setdefault(label, {})[k] = quantities(first, name, kind)
+    for label, runs in found.items():
+        for k, run in runs.items():
+            own, seconds = quantities(run, "unlearned", kind), run["seconds"]
+            own["floor"] = quantities(run, "original", kind)["main"]
+            own["UT"] = seconds["unlearn"] + seconds.get("mi_models", 0)
+            own["touches"] = ", ".join(run["access"]["unlearning"])
+            table.setdefault(label, {})[k] = own
+    return table
+
+
+def table_lines(table: dict, kind: str, paper: dict, reference: str) -> list[list[str]]:
+    """Header and rows of a table as text; reference: the label with which all are compared."""
+    columns, main, better = ["UA", "RA", "TA", "MI"], "average gap", False
     if kind == "mu":
         columns, main, better = ["D_r", "D_f", "D_te"], "ToW", True
-    else:
-        columns, main, better = ["UA", "RA", "TA", "MI"], "average gap", False
-    against = [f"less {reference}"] if any(label.split(", ")[0] == reference for label in table) else []
-    header = ["", *columns, main, "less Trained", *against, "D_f less control", f"paper's {main}", "touches", "UT, s", "n"]
-    lines = [header]
+    compared = any(label.split(", ")[0] == reference for label in table)
+    against = [f"less {reference}"] if compared else []
+    ends = ["D_f less control", f"paper's {main}", "touches", "UT, s", "n"]
+    lines = [["", *columns, main, "less Trained", *against, *ends]]
     for label, by_seed in table.items():
-        values = list(by_seed.values())
-        line = [label]
+        values, line = list(by_seed.values()), [label]
         for c in columns:
             gap = f" ({np.mean([v[c + ' gap'] for v in values]):.1f})" if kind == "ltu" else ""
             line.append(mean_std([v[c] for v in values]) + gap)
         line.append(mean_std([v["main"] for v in values]))
-        line.append(difference([(v["main"], v["floor"]) for v in values], better) if "floor" in values[0] else "")
-        if against:
-            other = ", ".join([reference, *label.split(", ")[1:]])  # at the same rho in LTU's Table 2
+        floors = [(v["main"], v["floor"]) for v in values if "floor" in v]
+        line.append(difference(floors, better) if floors else "")
+        if compared:
+            other = ", ".join([reference, *label.split(", ")[1:]])  # LTU's Table 2: at the same rho
             both = [k for k in by_seed if k in table.get(other, {})]
-            own = label in ("Trained", "Retrained", other) or not both
-            line.append("" if own else difference([(by_seed[k]["main"], table[other][k]["main"]) for k in both], better))
-        line.append(mean_std([v["lost"] for v in values]))
-        line.append(paper_cell(paper, label, kind))
-        touches, seconds = values[0].get("touches", ""), [v["UT"] for v in values if "UT" in v]
-        lines.append([*line, touches, mean_std(seconds) if seconds else "", str(len(values))])
+            pairs = [(by_seed[k]["main"], table[other][k]["main"]) for k in both]
+            own = label in ("Trained", "Retrained", other)
+            line.append("" if own or not pairs else difference(pairs, better))
+        seconds = [v["UT"] for v in values if "UT" in v]
+        line += [mean_std([v["lost"] for v in values]), paper_cell(paper, label, kind)]
+        line += [values[0].get("touches", ""), mean_std(seconds) if seconds else ""]
+        lines.append([*line, str(len(values))])
     return lines
 
 
 def paper_cell(paper: dict, label: str, kind: str) -> str:
-    """The paper's number for a row: ToW with its D_r / D_f / D_te, or the average gap with its UA / RA / TA / MI."""
+    """The paper's number for a row, with the scores that it printed beside it."""
     if label not in paper:
         return ""
     if kind == "mu":
@@ -517,341 +718,211 @@ def paper_cell(paper: dict, label: str, kind: str) -> str:
     return f"{gap:.2f} ({' / '.join(f'{x:g}' for x in paper[label])})"
 
 
-def render(lines: list[list[str]], markdown: bool) -> str:
-    if markdown:
-        rows = ["| " + " | ".join(line) + " |" for line in lines]
-        return "\n".join([rows[0], "| " + " | ".join(["---"] * len(lines[0])) + " |", *rows[1:]])
-    width = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip() for line in lines)
+def print_table(table: str, header: dict, runs: list, markdown=False, brief=False) -> bool:
+    """Print a table of runs, all of it or its five main columns; False where no run is a row."""
+    kind, rows = re.match("mu|ltu", table)[0], TABLES[table]
+    found, skipped = collect(rows, runs)
+    for reason in skipped:
+        say(f"skipped {reason}")
+    if set(found) <= {"Second gold"}:
+        return False
+    paper, reference = (
+        paper_numbers(table, header["paper"]),
+        "LTU" if kind == "ltu" else "METAUNLEARN",
+    )
+    lines = table_lines(rows_of(found, kind), kind, paper, reference)
+    if brief:
+        main = "ToW" if kind == "mu" else "average gap"
+        wanted = ("", main, "less Trained", "D_f less control", f"paper's {main}", "n")
+        kept = [lines[0].index(column) for column in wanted]
+        lines = [
+            [line[c].split(" (")[0] if c == kept[4] else line[c] for c in kept] for line in lines
+        ]
+    title = f"{table}, {header['title']}" + (f"; paper: {header['paper']}" if paper else "")
+    say(f"\n{title}\n{render(lines, markdown)}")
+    absent = [label for label in rows if label not in found]
+    if absent:
+        say(f"no run of {', '.join(absent)}")
+    return True
 
 
-def print_table(args, quiet=False) -> int:
-    """Print the table part by part; returns how many runs are missing. The last row is what the others are compared with.
-
-    quiet, for --table all: tables without a row of their own are left out, and missing runs are counted but not listed.
-    """
-    kind, rows = PLAN[args.table]
-    shown = missing_runs = 0
-    for part in parts(args):
-        title, _, column = part
-        found, missing, skipped = collect(part, rows, args)
-        if args.run and missing:
-            make(missing, title)
-            found, missing, skipped = collect(part, rows, args)
-        missing_runs += len(missing)
-        for reason in skipped:
-            say(f"skipped {reason}")
-        if quiet and args.table not in ("mu1", "ltu1") and set(found) <= {"Second gold", rows[-1][0]}:
-            continue  # only the row that ablations are compared with
-        if found:
-            shown += 1
-            paper = PAPER.get((args.table.replace("mu2", "mu1"), column), {})
-            lines = cells(rows_of(found, kind), kind, paper, "METAUNLEARN" if kind == "mu" else "LTU")
-            say(f"\n{args.table}, {title}" + (f"; paper: {column}" if paper else "") + "\n" + render(lines, args.markdown))
-            if "Second gold" not in found:
-                say(f"no second gold model yet: python evaluate.py --ceiling --dataset {args.dataset}")
-        if missing and (found or not quiet):
-            say(f"\n{title}: {len(missing)} runs are missing; --run makes them" + (":" if not quiet else ""))
-            for line in [] if quiet else grouped(missing):
-                say("  python " + shlex.join(line))
-    if shown:
-        what = (
-            "ToW: more is better"
-            if kind == "mu"
-            else "average gap: less is better; in brackets behind UA, RA, TA, MI: the gap to Retrained"
-        )
-        say(f"\nMean ± standard deviation; differences paired by seed ± half of Student's 95 % interval. {what}.")
-        say("D_f less control: score lost on what is to be forgotten, less that lost by a control out of D_r. Goal: Retrained's.")
-        if args.out == "results" and not quiet:
-            say("These results came with the repository; --out runs prints yours, --run makes them.")
-    elif not quiet:
-        say(f"\n{args.out} holds no result of this table; run the commands above, or add --run")
-    return missing_runs
+def print_tables(args, header, runs):
+    """--table: one table, or all that have a row of their own beside the one of the others."""
+    names, kind, shown = {run["name"] for run in runs}, kind_of(runs), False
+    for table, rows in TABLES.items():
+        own = list(rows.values())[: None if table in ("mu1", "ltu1") else -1]
+        wanted = args.table == "all" and table.startswith(kind) and names & set(own)
+        if table == args.table or wanted:
+            shown |= print_table(table, header, runs, args.markdown, args.brief)
+    if not shown:
+        fail(f"no run of --table {args.table} is there, but runs of {', '.join(sorted(names))}")
+    what = "ToW: more is better"
+    if kind == "ltu":
+        what = "average gap, of UA, RA, TA and MI (in brackets) to Retrained: less is better"
+    half = "differences paired by seed ± half of their 95 % interval"
+    say(f"\nMean ± standard deviation; {half}. {what}.")
+    say("D_f less control: score lost on D_f, less that lost by a control out of D_r.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Making what is missing
-
-
-def grouped(missing: list) -> list[list[str]]:
-    """Command lines that differ in the baseline alone, as one: the models are then loaded once."""
-    lines = {}
-    for _, line in missing:
-        at = line.index("--method") + 1 if "--method" in line else None
-        key = tuple(line if at is None else line[: at - 1] + line[at + 1 :])
-        lines.setdefault(key, []).extend([] if at is None else [line[at]])
-    return [[*key[:1], *(["--method", *methods] if methods else []), *key[1:]] for key, methods in lines.items()]
-
-
-def make(missing: list, title: str):
-    """Run the missing commands one after another; what is finished stays, so this can be stopped and started again."""
-    lines, begin = grouped(missing), time.time()
-    for i, line in enumerate(lines):
-        left = f", about {(time.time() - begin) / i * (len(lines) - i) / 60:.0f} min left" if i else ""
-        say(f"[{i + 1}/{len(lines)}] {title}{left}: python {shlex.join(line)}")
-        try:
-            code = subprocess.run([sys.executable, str(HERE / line[0]), *line[1:], "--resume"]).returncode
-        except KeyboardInterrupt:
-            code = 130
-        if code == 130 or (code == 2 and i == 0):  # Ctrl-C, or a mistake that every command would meet
-            fail("stopped; what is finished is kept, and the same command goes on")
-        if code:
-            say(f"that command failed (exit code {code}); going on with the next")
-
-
-def recipe(part, k: int, args) -> argparse.Namespace:
-    """train.py's arguments for seed k of a part."""
-    return training.parse_args([*shlex.split(part[1]), *seed_flags(part[1], k), *places(args), "--resume"])
-
-
-def opened(part, k, args):
-    """(arguments, data, split) of seed k of a part; the images are read once for all seeds."""
-    own = recipe(part, k, args)
-    device = choose_device(own)
-    key = (own.dataset, own.image_size, own.label_noise, own.train_images, own.split_seed * bool(own.label_noise or own.train_images))
-    if key not in _data:
-        _data.clear()
-        _data[key] = load(own, device)
-    return own, _data[key], make_split(_data[key], own)
-
-
-_data = {}
-
-
-def second_gold(data, split, own, i=1):
-    """Gold models of further training seeds on the same split: they share nothing with the first but the data."""
-    return training.train("gold", data, split, argparse.Namespace(**vars(own) | {"seed": own.seed + 1000 * i}))
-
-
-def ceiling(args):
-    """Measure a second gold model as if it were an unlearned one: the result file `retrain`, Second gold in every table."""
-    for part in parts(args):
-        for k in range(args.seeds):
-            own = recipe(part, k, args)
-            path = result_path(own, "retrain")
-            if path.is_file():
-                result, why, again = read_result(path, own, "mu")
-                say(f"{path} is there" if result else f"{path}: {why}")
-                if not again:
-                    continue
-            own, data, split = opened(part, k, args)
-            seconds = {}
-            model, seconds["train"] = training.train("original", data, split, own)
-            gold, _ = training.train("gold", data, split, own)
-            second, seconds["unlearn"] = second_gold(data, split, own)
-            controls = control_sets(data, split)
-            rows = {
-                name: measure(
-                    m,
-                    lambda i, data=data: raw_batch(data, i),
-                    data["targets"],
-                    split,
-                    controls,
-                    data["device"],
-                    own.amp,
-                    data["true_targets"],
-                )
-                for name, m in {"original": model, "retrained": gold, "unlearned": second}.items()
-            }
-            for row in rows.values():
-                for s in ("forget", "retain"):
-                    row[s].pop("wrong", None)
-            table = compare(rows)
-            result = dict(method="retrain", dataset=data["name"], setting=setting(own), seed=own.seed, split_hash=split["hash"])
-            result |= dict(access={"unlearning": ["retain"]}, args=vars(own), metric="mAP" if data["targets"].ndim == 2 else "accuracy")
-            result |= dict(metrics=rows, comparison=table, tow=table["unlearned"]["tow"], seconds=seconds, **provenance(data["device"]))
-            write_json(path, result)
-            say(f"second gold model: ToW {100 * result['tow']:.1f}; {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Membership inference beyond the cheap one: was D_f in the training set? Members: D_f; non-members: the test set.
+# --------------------------------------------------------------------------------------------------
+# Membership inference beyond the cheap one: was D_f in the training set?
 
 MEANING = {
-    "SVC": "share of D_f that SalUn's confidence SVC takes for non-members (members: D_r); more looks forgotten",
-    "loss AUC": "chance that an image of D_f has a lower loss than one of the test set; 50 is what a model that never saw D_f has",
-    "RMIA AUC": "the same by RMIA, which first takes off how easy an image is for models that never saw it; 50 is chance",
-    "TPR 1 %": "share of D_f that RMIA calls members when it is wrong on 1 % of the test set; 1 is chance",
-    "TPR 0.1 %": "the same at 0.1 %; 0.1 is chance, and it takes a thousand test images to measure",
+    "SVC": "share of D_f that SalUn's confidence SVC (members: D_r) takes for non-members",
+    "loss AUC": "chance that an image of D_f has a lower loss than a test image; never seen: 50",
+    "RMIA AUC": "the same, less how easy an image is for models that never saw it; never seen: 50",
+    "TPR 1 %": "share of D_f that RMIA finds when wrong on 1 % of the test set; never seen: 1",
+    "TPR 0.1 %": "the same at 0.1 %, which takes a thousand test images to measure",
 }
 
 
 def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3) -> torch.Tensor:
-    """How sure RMIA is that each x was trained on: the share of population points z that x beats in likelihood ratio by the factor gamma.
+    """How sure RMIA is that each x was trained on: the share of points z that x beats.
 
-    LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)], with Pr(.) the mean over reference models that never saw the point, drawn
-    towards 1 for the models that did: Pr = ((1 + a) Pr_out + 1 - a) / 2. Shapes: x (N,), x_references (R, N), z (M,),
-    z_references (R, M) -> (N,) in [0, 1]. Source: Zarifzadeh et al. 2024, the offline attack of their appendix (a 0.3, gamma 2;
-    with confidences that are means over attributes a factor of 2 hardly occurs, so gamma is 1 here).
+    x beats z when LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)] reaches gamma. Pr(.)
+    is the mean over reference models that never saw the point, drawn towards 1 for the models that
+    did: Pr = ((1 + a) Pr_out + 1 - a) / 2. Shapes: x (N,), x_references (R, N), z (M,),
+    z_references (R, M) -> (N,) in [0, 1]. Source: Zarifzadeh et al. 2024, the offline attack of
+    their appendix (a 0.3, gamma 2; with confidences that are means over attributes a factor of 2
+    hardly occurs, so gamma is 1 here).
     """
-    ratio = [p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in ((x, x_references), (z, z_references))]
+    pairs = ((x, x_references), (z, z_references))
+    ratio = [p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in pairs]
     share = (ratio[0][:, None] >= gamma * ratio[1][None]).double().mean(1)  # RMIA score
-    return share + 1e-9 * ratio[0] / (1 + ratio[0])  # a small population leaves ties at 1, in which all members hide: LR decides
+    # A small population leaves ties at 1, in which all members would hide: there LR decides.
+    return share + 1e-9 * ratio[0] / (1 + ratio[0])
 
 
 def roc(members, others) -> tuple[float, dict]:
-    """(area under the curve, {false-positive rate: true-positive rate}) of scores that are higher for members."""
+    """(AUC, {false-positive rate: true-positive rate}) of scores that are high for members."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
     truth, scores = np.r_[np.ones(len(members)), np.zeros(len(others))], np.r_[members, others]
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
-    return float(roc_auc_score(truth, scores)), {level: float(true[false <= level].max()) for level in (0.001, 0.01)}
+    at = {level: float(true[false <= level].max()) for level in (0.001, 0.01)}
+    return float(roc_auc_score(truth, scores)), at
 
 
 def membership(sure: dict, references: list[dict]) -> dict:
-    """All attacks on one model, in percent. sure: confidences (n,) of retain, forget, val and test; references: those of models
-    that were trained on neither D_f nor the rest of them. The population z is the validation set, which no model was trained on.
+    """All attacks on one model, in percent.
+
+    sure: confidences (n,) of retain, forget, val and test; references: those of models that were
+    trained on neither D_f nor the last two. The population z is the validation set, which no model
+    was trained on.
     """
-    z = torch.stack([r["val"] for r in references])
-    score_of = {s: rmia(sure[s], torch.stack([r[s] for r in references]), sure["val"], z) for s in ("forget", "test")}
-    auc, at = roc(score_of["forget"], score_of["test"])
+    z, of = torch.stack([r["val"] for r in references]), {}
+    for s in ("forget", "test"):
+        of[s] = rmia(sure[s], torch.stack([r[s] for r in references]), sure["val"], z)
+    auc, at = roc(of["forget"], of["test"])
     svc = membership_inference(sure["retain"], sure["test"], sure["forget"])
     loss_auc = roc(sure["forget"], sure["test"])[0]  # confidence is exp(-loss): the same order
-    shares = {"SVC": svc, "loss AUC": loss_auc, "RMIA AUC": auc, "TPR 1 %": at[0.01], "TPR 0.1 %": at[0.001]}
-    return {name: 100 * value for name, value in shares.items()}
+    values = (svc, loss_auc, auc, at[0.01], at[0.001])
+    return {name: 100 * value for name, value in zip(MEANING, values, strict=True)}
 
 
-def checkpoint_of(line) -> pathlib.Path:
-    own, name = parsed(line)
-    return training.checkpoint_folder(own) / f"{name}-seed{own.seed}.pt"
+def unlearned_models(args, data, split, model) -> dict:
+    """{name of the run: its unlearned model} of all checkpoints of this split and seed."""
+    models, ending = {}, f"-seed{args.seed}.pt"
+    for path in sorted(checkpoint_folder(args).glob("*" + ending)):
+        name = path.name.removesuffix(ending)
+        if name not in ("original", "gold"):
+            saved = common.load_checkpoint(path, "model", which="unlearned", split=split["hash"])
+            models[name] = common.with_parameters(model, saved["model"])
+    return models
 
 
-def unlearned_model(line, model, data, split, amp: bool):
-    """The unlearned model of a command line, from its checkpoint: METAUNLEARN's by one step with its saved meta-loss."""
-    own, path = parsed(line)[0], checkpoint_of(line)
-    own.amp = amp
-    if line[0] != "metaunlearn.py":
-        return with_parameters(model, load_checkpoint(path, "model", which="unlearned", split=split["hash"])["model"])
-    saved = load_checkpoint(path, "meta-loss", split=split["hash"])
-    for flag in metaunlearn.META_FLAGS:
-        setattr(own, flag, saved[flag])
-    h_phi = metaunlearn.new_meta_loss(model, data, split, own).to(data["device"])
-    h_phi.load_state_dict(saved["phi"])
-    S = metaunlearn.support_batch(data, split["train_ids"], split["support"], metaunlearn.updatable(model, False))
-    return with_parameters(model, metaunlearn.unlearn(model, h_phi, S, own))
-
-
-def attack_models(part, k, args, rows) -> dict:
-    """Attack the models of one seed, {label: figures}, and write them to a file."""
-    own, data, split = opened(part, k, args)
-    model, golds = training.train("original", data, split, own)[0], [training.train("gold", data, split, own)[0]]
-    golds += [second_gold(data, split, own, i + 1)[0] for i in range(args.references)]
+def attack(args, device):
+    """Attack original, gold, second gold and every unlearned model of a split: the run `attack`."""
+    flags = flags_of(args)
+    data, split = open_data(args, device)
+    model, gold, _ = train_both(data, split, args)
+    golds = [gold]
+    for i in range(args.references):
+        own = argparse.Namespace(**vars(args) | {"seed": args.seed + 1000 * (i + 1)})
+        golds.append(train("gold", data, split, own)[0])
 
     def sure_of(m):
-        sets = {s: split[s] for s in ("retain", "forget", "val", "test")}
-        logits = {s: predict(m, lambda i: raw_batch(data, i), indices, data["device"], own.amp) for s, indices in sets.items()}
-        return {s: confidence(logits[s], data["targets"][indices].cpu()) for s, indices in sets.items()}
+        sure = {}
+        for s in ("retain", "forget", "val", "test"):
+            sure[s] = confidence(predict(m, data, split[s], args.amp), data["targets"][split[s]])
+        return sure
 
-    known = [sure_of(m) for m in golds]  # a gold model is attacked with the others as references, so with one fewer
-    here = {"Trained": membership(sure_of(model), known), "Retrained": membership(known[0], known[1:])}
-    here["Second gold"] = membership(known[1], known[:1] + known[2:])
-    for row in rows:
-        line = command(row, part, k, args)
-        if line and checkpoint_of(line).is_file():
-            here[row[0]] = membership(sure_of(unlearned_model(line, model, data, split, own.amp)), known)
-    content = dict(dataset=data["name"], setting=setting(own), seed=own.seed, split_hash=split["hash"], attacks=here)
-    write_json(result_path(own, "attack"), content | dict(references=len(known), args=vars(own), **provenance(data["device"])))
-    return here
-
-
-def every_row(kind: str) -> list[tuple]:
-    """The rows of all tables of a kind, each once; one whose label another table gave to another run is named with its table."""
-    rows = {}
-    for table in (t for t in PLAN if PLAN[t][0] == kind):
-        for label, script, own in PLAN[table][1]:
-            if (script, own) not in [r[1:] for r in rows.values()]:
-                label = f"{label} ({table})" if label in rows else label
-                rows[label] = (label, script, own)
-    return list(rows.values())
+    # A gold model is attacked with the others as references, so with one fewer.
+    known = [sure_of(m) for m in golds]
+    found = {"original": membership(sure_of(model), known), "gold": membership(known[0], known[1:])}
+    found["retrain"] = membership(known[1], known[:1] + known[2:])
+    for name, m in unlearned_models(args, data, split, model).items():
+        found[name] = membership(sure_of(m), known)
+    result = identity_of_run("attack", data, split, args, flags) | {"attacks": found}
+    path = result_path("attack", args)
+    common.write_json(path, result | common.provenance(device))
+    print_attacks({"title": f"{data['name']}, {setting(args)}"}, [result])
+    say(f"result: {path}")
 
 
-def attack(args):
-    """Membership inference on the two models, the second gold model and every checkpoint of a table's row; --run makes what is missing."""
-    main, shown = PLAN[args.table][1], False
-    rows = every_row(PLAN[args.table][0])
-    for part in parts(args):
-        table, absent = {}, set()
-        for k in range(args.seeds):
-            path, here = result_path(recipe(part, k, args), "attack"), {}
-            if path.is_file():
-                try:
-                    here = json.loads(path.read_text())["attacks"]
-                    assert all(set(values) == set(MEANING) for values in here.values()) and "Trained" in here
-                except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-                    say(f"skipped {path}: cut short or of another version")
-                    here = {}
-            wanted = {row[0] for row in main}
-            if args.run and wanted - set(here):
-                lines = [(row[0], command(row, part, k, args)) for row in main]
-                make([(label, line) for label, line in lines if line and not checkpoint_of(line).is_file()], part[0])
-                here = attack_models(part, k, args, rows)
-            absent |= wanted - set(here) if here else {f"seed {k}"}
-            for label, values in here.items():
-                table.setdefault(label, []).append(values)
-        if table:
-            shown = True
-            lines = [["", *MEANING, "n"]]
-            lines += [[label, *(mean_std([v[c] for v in values]) for c in MEANING), str(len(values))] for label, values in table.items()]
-            say(f"\nmembership inference, {part[0]}; members D_f, non-members D_te, percent\n" + render(lines, args.markdown))
-        if absent:
-            say(f"{part[0]}: not attacked: {', '.join(sorted(absent))}; --run makes what is missing")
-    if shown:
-        say("\nThe goal is Retrained's figure in every column, neither more nor less.")
-        for name, meaning in MEANING.items():
-            say(f"  {name}: {meaning}")
+def print_attacks(header, runs, markdown=False, brief=False):
+    """The table of all attacks of these runs; brief: the rows of Table 1 alone."""
+    kind, table = kind_of(runs), {}
+    labels = {"original": "Trained", "gold": "Retrained", "retrain": "Second gold"} | labels_of(
+        kind
+    )
+    main = {*list(labels)[:3], *TABLES[f"{kind}1"].values()}
+    for run in sorted((run for run in runs if "attacks" in run), key=identity_of):
+        for name, values in run["attacks"].items():
+            if name in main or not brief:
+                table.setdefault(name, []).append(values)
+    if not table:
+        fail("no attack is there; python evaluate.py --attack --dataset NAME makes one of a split")
+    lines = [["", *MEANING, "n"]]
+    for name in sorted(table, key=lambda name: [*labels, *table].index(name)):
+        cells = [mean_std([values[c] for values in table[name]]) for c in MEANING]
+        lines.append([labels.get(name, name), *cells, str(len(table[name]))])
+    title = f"membership inference, {header['title']}; members D_f, non-members D_te, percent"
+    say(f"\n{title}\n{render(lines, markdown)}")
+    say("\nThe goal is Retrained's figure in every column, neither more nor less.")
+    for name, meaning in MEANING.items():
+        say(f"  {name}: {meaning}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # METAUNLEARN's figures 4 to 6
 
 
-def features_of(model, data, indices) -> torch.Tensor:
-    """Features f of the original model, (n, D), in which all distances are taken."""
-    out = []
-    with torch.no_grad():
-        for batch in torch.as_tensor(indices).split(256):
-            out.append(model(raw_batch(data, batch))[0].float().cpu())
-    return torch.cat(out)
+def people(args, device) -> dict:
+    """What figures 4 to 6 show of one split, a dictionary for each identity.
 
-
-def people(part, k, args, rows) -> dict:
-    """What figures 4 to 6 show of one split.
-
-    forget: of each identity to forget `distance` (its Support sample's from the centroid of its D_f) and `gap` (accuracy on its D_f,
-    unlearned less retrained, mean over rows, percentage points). retain: of each retained identity `distance` (of its centroid
-    from the nearest forget identity's) and `change` (its mAP, unlearned less trained).
+    forget: `distance` (of its Support sample from the centroid of its D_f, in features of the
+    original model) and `change` (accuracy on its D_f, unlearned less retrained). retain: `distance`
+    (of its centroid from the nearest forgotten one) and `change` (mAP, unlearned less trained). A
+    change is a mean over the runs --rows, in percentage points.
     """
-    lines = [(row[0], command(row, part, k, args)) for row in rows]
-    absent = [(label, line) for label, line in lines if not checkpoint_of(line).is_file()]
-    if absent and not args.run:
-        fail(f"no checkpoint of {absent[0][0]}, split {k}, in {args.checkpoint_dir}; add --run to make it again")
+    data, split = open_data(args, device)
+    model, gold, _ = train_both(data, split, args)
+    unlearned = unlearned_models(args, data, split, model)
+    absent = [name for name in args.rows if name not in unlearned]
     if absent:
-        make(absent, part[0])
-    own, data, split = opened(part, k, args)
-    model, gold = training.train("original", data, split, own)[0], training.train("gold", data, split, own)[0]
-    models = [unlearned_model(line, model, data, split, own.amp) for _, line in lines]
-    f, owner = {}, {s: data["identities"][split[s]] for s in ("forget", "retain")}
-    for s in ("forget", "retain", "support"):
-        f[s] = features_of(model, data, split[s])
-    centroid = {s: {int(i): f[s][owner[s] == i].mean(0) for i in np.unique(owner[s])} for s in owner}
-    logits = {
-        s: [predict(m, lambda i: raw_batch(data, i), split[s], data["device"], own.amp) for m in (model, gold, *models)] for s in owner
-    }
-    out = {"forget": [], "retain": [], "split": split, "data": data}
-    for s in owner:
-        y = data["targets"][split[s]].cpu()
-        for i in centroid[s]:
+        there = f"{checkpoint_folder(args)} holds {', '.join(unlearned) or 'none'}"
+        fail(f"no unlearned model of {', '.join(absent)}; {there}; name others with --rows")
+    f = {s: predict(model, data, split[s], features=True) for s in ("forget", "retain", "support")}
+    owner, centroid = {s: data["identities"][split[s]] for s in f}, {}
+    for s in ("forget", "retain"):
+        centroid[s] = {int(i): f[s][owner[s] == i].mean(0) for i in np.unique(owner[s])}
+    out = {"data": data, "split": split, "forget": [], "retain": []}
+    for s, before, measure_of in (("forget", gold, accuracy), ("retain", model, score)):
+        models = [before, *(unlearned[name] for name in args.rows)]
+        logits, y = (
+            [predict(m, data, split[s], args.amp) for m in models],
+            data["targets"][split[s]],
+        )
+        for i, center in centroid[s].items():
             mine = torch.as_tensor(owner[s] == i)
-            of = lambda measure, m, s=s, mine=mine, y=y: 100 * measure(logits[s][m][mine], y[mine])
+            old, *new = [100 * measure_of(z[mine], y[mine]) for z in logits]
+            others = centroid["forget"].values()
             if s == "forget":
-                at = [int(data["identities"][j]) for j in split["support"]].index(i)
-                distance = (f["support"][at] - centroid[s][i]).norm().item()
-                gap = np.mean([of(accuracy, 2 + m) - of(accuracy, 1) for m in range(len(models))])
-                out[s].append({"identity": i, "distance": distance, "gap": float(gap)})
-            else:
-                distance = min((c - centroid[s][i]).norm().item() for c in centroid["forget"].values())
-                change = np.mean([of(score, 2 + m) - of(score, 0) for m in range(len(models))])
-                out[s].append({"identity": i, "distance": distance, "change": float(change)})
+                others = [f["support"][owner["support"].tolist().index(i)]]
+            distance = min((other - center).norm().item() for other in others)
+            change = float(np.mean([value - old for value in new]))
+            out[s].append({"identity": i, "distance": distance, "change": change})
     return out
 
 
@@ -863,196 +934,148 @@ def rank_correlation(x, y) -> float:
 
 
 def binned(points: list, bins=5) -> list[dict]:
-    """Means of y in bins of x that hold as many points each; points: an array (n, 2) for each split.
+    """Means of y in bins of x that hold as many points each; points: an array (n, 2) a split.
 
-    Identities of one split share their models, so splits are what is independent: interval over the splits' own means in a bin.
+    Identities of one split share their models, so splits are what is independent: the interval is
+    over the splits' own means in a bin.
     """
     x, y = np.concatenate(points).T
-    split = np.repeat(np.arange(len(points)), [len(p) for p in points])
-    out = []
+    split, out = np.repeat(np.arange(len(points)), [len(p) for p in points]), []
     for chosen in np.array_split(np.argsort(x, kind="stable"), min(bins, max(1, len(x) // 2))):
-        mean, half = interval([y[chosen][split[chosen] == i].mean() for i in np.unique(split[chosen])])
-        out.append(
-            {"from": x[chosen].min(), "to": x[chosen].max(), "center": x[chosen].mean(), "n": len(chosen), "mean": mean, "half": half}
-        )
+        means = [y[chosen][split[chosen] == i].mean() for i in np.unique(split[chosen])]
+        place = {"from": x[chosen].min(), "to": x[chosen].max(), "center": x[chosen].mean()}
+        mean, half = interval(means)
+        out.append({**place, "n": len(chosen), "mean": mean, "half": half})
     return out
 
 
-def figure(args):
-    """Draw figure 4, 5 or 6 of each part and print what it shows."""
-    for number, part in enumerate(parts(args)):
-        found, _, _ = collect(part, PLAN["mu1"][1], args)
-        rows = [row for row in PLAN["mu1"][1] if len(found.get(row[0], {})) == args.seeds and row[0] != "Influence (ours)"]  # not a paper's
-        if not rows:
-            fail(f"{args.out} holds no row with {args.seeds} seeds; first: python evaluate.py --table mu1 --dataset {args.dataset} --run")
-        rows = sorted(rows, key=lambda row: -np.mean([r["tow"] for r in found[row[0]].values()]))[:3]  # the paper's top three
-        name = f"figure{args.figure}-{args.dataset}-{(args.part or 1) + number}.png"
-        if args.figure == 6:
-            hardest_people(part, args, rows, name)
-            continue
-        splits = [people(part, k, args, rows) for k in range(args.seeds)]
-        who, value = ("forget", "gap") if args.figure == 4 else ("retain", "change")
-        points = [
-            np.array([(p["distance"], p[value]) for p in split[who] if np.isfinite(p[value])]) for split in splits
-        ]  # of each split (n, 2)
-        points = [np.c_[p[:, 0] / np.median(p[:, 0]), p[:, 1]] for p in points]  # each split's model has its own unit of distance
-        rank = interval([rank_correlation(*p.T) for p in points])
-        bins = binned(points)
-        methods = ", ".join(row[0] for row in rows)
-        say(f"\nfigure {args.figure}, {part[0]}: mean of {methods}; {sum(map(len, points))} identities of {args.seeds} splits")
-        lines = [["distance / median", "identities", f"{value} (points)"]]
-        lines += [[f"{b['from']:.2f} to {b['to']:.2f}", str(b["n"]), with_half(b["mean"], b["half"])] for b in bins]
-        say(render(lines, args.markdown))
-        said = {"better": "rises", "worse": "falls"}.get(verdict(*rank, True), verdict(*rank, True))
-        say(f"Spearman's rank correlation, mean over splits: {with_half(*rank, 2)} ({said})")
-        path = pathlib.Path(args.out) / name
-        draw_bins(path, bins, args.figure, f"{part[0]}; n = {args.seeds} splits\nmean of {methods}")
-        say(f"figure: {path}")
+def figure(args, device):
+    """Draw figure 4 or 5 over split seeds 0 to --seeds less 1, or 6 of split 0, and print it."""
+    seeds = range(1 if args.figure == 6 else args.seeds)
+    splits = [people(argparse.Namespace(**vars(args) | {"split_seed": k}), device) for k in seeds]
+    dataset = pathlib.Path(args.dataset).name
+    path = pathlib.Path(args.out) / f"figure{args.figure}-{dataset}-ids{args.ids}.png"
+    if args.figure == 6:
+        return hardest_people(splits[0], path, args)
+    points = []
+    for split in splits:
+        shown = split["forget" if args.figure == 4 else "retain"]
+        own = np.array([(p["distance"], p["change"]) for p in shown])  # (n, 2)
+        own = own[np.isfinite(own).all(1)]
+        # Each split's model has its own unit of distance.
+        points.append(np.c_[own[:, 0] / np.median(own[:, 0]), own[:, 1]])
+    rank, bins = interval([rank_correlation(*p.T) for p in points]), binned(points)
+    title = f"{dataset}, {args.ids} identities forgotten; n = {args.seeds} splits"
+    title += f"\nmean of {', '.join(args.rows)}"
+    lines = [["distance / median", "identities", "change (points)"]]
+    for b in bins:
+        places = f"{b['from']:.2f} to {b['to']:.2f}"
+        lines.append([places, str(b["n"]), with_half(b["mean"], b["half"])])
+    said = verdict(*rank, True).replace("better", "rises").replace("worse", "falls")
+    say(f"\nfigure {args.figure}, {title}\n{render(lines, args.markdown)}")
+    say(f"Spearman's rank correlation, mean over splits: {with_half(*rank, 2)} ({said})")
+    draw_bins(path, bins, args.figure, title)
+    say(f"figure: {path}")
 
 
 def draw_bins(path, bins, number, title):
     """Means with 95 % intervals over distance, with the number of identities in each bin."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    canvas, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    canvas, axes = pyplot().subplots(figsize=(6, 3.6), layout="constrained")
     center, mean, half = (np.array([b[key] for b in bins]) for key in ("center", "mean", "half"))
-    axes.errorbar(center, mean, np.nan_to_num(half), fmt="ko-", capsize=4, linewidth=1, label="mean and 95 % interval over splits")
+    style = dict(fmt="ko-", capsize=4, linewidth=1, label="mean and 95 % interval over splits")
+    axes.errorbar(center, mean, np.nan_to_num(half), **style)
     for b in bins:
-        axes.annotate(f"n = {b['n']}", (b["center"], b["mean"]), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        place = dict(xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.annotate(f"n = {b['n']}", (b["center"], b["mean"]), **place)
     axes.axhline(0, color="0.6", linestyle="--", linewidth=1)
     axes.margins(x=0.12)  # room for the last bin's label
+    along = "retained identity's distance from the nearest forgotten one"
+    upward = "mAP, unlearned less trained\n(percentage points)"
     if number == 4:
-        axes.set_xlabel("Support sample's distance from its identity's centroid (1: the split's median)", fontsize=9)
-        axes.set_ylabel("accuracy on $D_f$, unlearned less\nretrained (percentage points)")
-    else:
-        axes.set_xlabel("retained identity's distance from the nearest forgotten one (1: the split's median)", fontsize=9)
-        axes.set_ylabel("mAP, unlearned less trained\n(percentage points)")
+        along = "Support sample's distance from its identity's centroid"
+        upward = "accuracy on $D_f$, unlearned less\nretrained (percentage points)"
+    axes.set_xlabel(f"{along} (1: the split's median)", fontsize=9)
+    axes.set_ylabel(upward)
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=8, frameon=False)
-    with atomic_write(path) as temporary:
-        canvas.savefig(temporary, format="png", dpi=120)
-    plt.close(canvas)
+    save_figure(canvas, path)
 
 
-def hardest_people(part, args, rows, name):
-    """Figure 6: the five identities whose Support sample lies farthest from their D_f, on split 0."""
-    found = people(part, 0, args, rows)
+def hardest_people(found, path, args):
+    """Figure 6: the five identities whose Support sample lies farthest from their D_f."""
+    data, split, owner = found["data"], found["split"], found["data"]["identities"]
     hardest = sorted(found["forget"], key=lambda p: -p["distance"])[:5]
-    say(f"\nfigure 6, {part[0]}: the hardest identities of split 0, by the Support sample's distance from their centroid")
-    say(
-        render(
-            [["identity", "distance", "gap (points)"]]
-            + [[str(p["identity"]), f"{p['distance']:.2f}", f"{p['gap']:+.1f}"] for p in hardest],
-            args.markdown,
-        )
-    )
-    data, split = found["data"], found["split"]
-    open_to_all = data["name"] in ("toyfaces", "qmnist")
-    path = pathlib.Path(args.out if open_to_all else args.data_dir) / name
-    if not open_to_all:  # pictures of real people: only where git does not look
+    lines = [["identity", "distance", "change (points)"]]
+    lines += [[str(p["identity"]), f"{p['distance']:.2f}", f"{p['change']:+.1f}"] for p in hardest]
+    say("\nfigure 6: the hardest identities of split 0, by distance")
+    say(render(lines, args.markdown))
+    shows_people = data["name"] not in ("toyfaces", "qmnist")
+    if shows_people:  # only where git does not look
+        path = pathlib.Path(args.data_dir) / path.name
         git = ["git", "-C", str(path.parent), "check-ignore", "-q", str(path.resolve())]
         if shutil.which("git") and subprocess.run(git, capture_output=True).returncode == 1:
-            fail(f"{path} could be committed, and shows real people; give a --data-dir that git ignores")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    canvas, axes = plt.subplots(len(hardest), 6, figsize=(6, 1.15 * len(hardest)), squeeze=False, layout="constrained")
-    owner = data["identities"]
-    for line, p in zip(axes, hardest, strict=True):
-        mine = [i for i in split["support"] if owner[i] == p["identity"]] + [i for i in split["forget"] if owner[i] == p["identity"]][:5]
-        for cell in line:
-            cell.axis("off")
+            fail(f"{path} could be committed, and shows real people; git must ignore --data-dir")
+    canvas, axes = pyplot().subplots(5, 6, figsize=(6, 5.75), squeeze=False, layout="constrained")
+    for cell in axes.flat:
+        cell.axis("off")
+    for line, p in zip(axes, hardest, strict=False):
+        mine = [i for i in split["support"] if owner[i] == p["identity"]]
+        mine += [i for i in split["forget"] if owner[i] == p["identity"]][:5]
         for cell, i in zip(line, mine, strict=False):
             cell.imshow(data["images"][i].cpu().numpy())
         line[0].set_title(f"S, identity {p['identity']}", fontsize=7)
         line[1].set_title("$D_f$", fontsize=7)
-    with atomic_write(path) as temporary:
-        canvas.savefig(temporary, format="png", dpi=120)
-    plt.close(canvas)
-    say(f"figure: {path}" + ("" if open_to_all else " (real people: for your eyes, not for publishing)"))
+    save_figure(canvas, path)
+    say(f"figure: {path}" + (" (real people: not for publishing)" if shows_people else ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--table", choices=[*PLAN, "all"], help="METAUNLEARN's (mu) or LTU's (ltu) table of that number; all that have results"
-    )
-    what.add_argument("--figure", type=int, choices=(4, 5, 6), help="METAUNLEARN's figure of that number")
-    what.add_argument("--attack", action="store_true", help="membership inference on every checkpoint: SVC, loss AUC, RMIA")
-    what.add_argument("--ceiling", action="store_true", help="train second gold models, seed + 1000, and measure them like a method")
-    add("--dataset", choices=SETTINGS, default=None, help="setting of the runs, see SETTINGS; None: toyfaces for mu, digits for ltu")
-    add(
-        "--seeds",
-        type=int,
-        default=None,
-        help="seeds 0 to this less 1; None: 5 for toyfaces, toyfaces-heldout and digits, else 3; papers: 3 and 10",
-    )
-    add("--part", type=int, default=0, help="only this part of the setting, 1: the first (10 %% forgotten, fewest identities); 0: all")
-    add("--references", type=int, default=2, help="further gold models, seeds + 1000, + 2000, that RMIA has beside the first")
-    add("--run", action="store_true", help="make the missing runs first, one after another; finished ones are kept")
+    parser = common.Parser(description=__doc__)
+    what = parser.add_argument_group("what to do").add_mutually_exclusive_group(required=True)
+    # fmt: off
+    what.add_argument("--table", choices=[*TABLES, "all", "attack"], metavar="T",
+        help=f"print {', '.join(TABLES)}, all of these, or the attacks")
+    what.add_argument("--pack", metavar="FILE.jsonl", help="append --results to this packed file")
+    what.add_argument("--attack", action="store_true", help="attack the checkpoints of one split")
+    what.add_argument("--figure", type=int, choices=(4, 5, 6), help="draw METAUNLEARN's figure")
+    add = parser.add_argument_group("tables").add_argument
+    add("--results", nargs="+", metavar="PATH",
+        help="packed files, or folders of run files; None: ours of toyfaces, digits-10")
     add("--markdown", action="store_true", help="print tables as Markdown")
-    add("--flags", default="", help='more flags for every script, as one word: --flags "--init weights.safetensors"')
-    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
-    add("--data-dir", default="data", help="folder with the publishers' files, and for pictures of real people")
-    add(
-        "--out",
-        default=None,
-        help="folder of result files and figures; None: results, which came with the repository, to print, and runs, which is yours, "
-        "with --run, --ceiling or --figure",
-    )
-    add("--checkpoint-dir", default="checkpoints", help="folder of models and meta-losses")
-    args = parser.parse_args(argv)
-    faces = args.figure is not None or (args.table or "").startswith("mu")
-    args.dataset = args.dataset or ("toyfaces" if faces else "digits")
-    identities = "--ids" in SETTINGS[args.dataset][0][1]
-    if (args.table not in (None, "all") or args.figure) and identities != faces:
-        named = f"--table {args.table}" if args.table else f"--figure {args.figure}"
-        right = [name for name, own in SETTINGS.items() if ("--ids" in own[0][1]) == faces]
-        fail(f"{named} is not about --dataset {args.dataset}; choose {', '.join(right)}")
-    if args.attack:
-        args.table = "mu1" if identities else "ltu1"
-    yours = args.run or args.ceiling or args.figure is not None
-    args.out = args.out or ("runs" if yours else "results")
-    args.seeds = (5 if args.dataset in ("toyfaces", "toyfaces-heldout", "digits") else 3) if args.seeds is None else args.seeds
-    try:
-        words = shlex.split(args.flags)
-    except ValueError as error:
-        fail(f"--flags {args.flags}: {str(error).lower()}")
-    if {"--seed", "--split-seed"} & {word.split("=")[0] for word in words}:
-        fail("--flags must leave --seed and --split-seed alone: they number a table's runs; see --seeds")
-    if not 0 <= args.part <= len(SETTINGS[args.dataset]):
-        fail(f"--part is {args.part}; --dataset {args.dataset} has parts 1 to {len(SETTINGS[args.dataset])}")
-    if args.part and args.table and not parts(args):
-        fail(f"--table {args.table} is about the first part alone")
-    if not 1 <= args.seeds <= 1000 or not 1 <= args.references <= 100:
-        fail(f"--seeds ({args.seeds}) and --references ({args.references}) must be at least 1")
+    add("--brief", action="store_true", help="five columns; of the attacks Table 1's rows")
+    add = parser.add_argument_group("attack and figures").add_argument
+    add("--references", type=common.count, default=2, help="gold models beside the first for RMIA")
+    add("--rows", nargs="+", default=["metaunlearn-selective", "metaunlearn-paper", "ga"],
+        help="runs whose mean the figures show; paper: its best three")
+    add("--seeds", type=common.count, default=1, help="figures: split seeds 0 to this less 1")
+    add("--out", default="runs", help="folder of the attack's run file, and of figures")
+    # fmt: on
+    common.add_shared_arguments(parser)
+    add_recipe_arguments(parser)
+    args = common.parse_with_presets(parser, PRESETS, argv)
+    if args.figure and args.forget != "identities":
+        fail(f"--figure {args.figure} is about identities; this is --forget {args.forget}")
+    ours = "digits-10" if (args.table or "").startswith("ltu") else "toyfaces"
+    args.results = args.results or [HERE / "results" / f"{ours}.jsonl"]
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.run or args.ceiling or args.figure:
-        check_writable(args.out, args.checkpoint_dir)
-    if args.table == "all":
-        kind = "mu" if "--ids" in SETTINGS[args.dataset][0][1] else "ltu"
-        tables = [t for t in PLAN if PLAN[t][0] == kind and t != "mu2"]  # mu2 is mu1 on CelebA
-        if not any(pathlib.Path(places(args)[1]).glob("*/*.json")):
-            say(f"{places(args)[1]} holds no result; first: python evaluate.py --table {kind}1 --dataset {args.dataset} --run")
-        return sum(print_table(argparse.Namespace(**vars(args) | {"table": t}), quiet=True) for t in tables)
-    if args.table and not args.attack:
-        return print_table(args)
-    return (attack if args.attack else ceiling if args.ceiling else figure)(args)
+    if args.attack or args.figure:
+        device = common.choose_device(args)
+        common.check_writable(args.out, args.checkpoint_dir)
+        return attack(args, device) if args.attack else figure(args, device)
+    if args.pack:
+        return pack(args.results, pathlib.Path(args.pack))
+    header, runs = read_results(args.results)
+    if args.table == "attack":
+        return print_attacks(header, runs, args.markdown, args.brief)
+    print_tables(args, header, [run for run in runs if "attacks" not in run])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A small data set that trains in a second: 40 identities x 4 drawn faces at 16 px."""
+"""What several test files share: a data set that trains in a second, a check of error messages, a record of reads."""
+
+import contextlib
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import data as D
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """The path of a prepared pair, as --dataset takes it."""
+    """The path of a prepared pair of 40 identities x 4 drawn faces at 16 px, as --dataset takes it."""
     folder = tmp_path_factory.mktemp("small")
     table = D.draw_toyfaces(identities=40, images_each=4, size=16)
     np.save(folder / "small.npy", table.pop("images"))
@@ -16,9 +19,42 @@ def small(tmp_path_factory):
     return str(folder / "small")
 
 
+def places(folder):
+    """Flags that keep everything a run writes below `folder`."""
+    out, checkpoints = str(folder / "out"), str(folder / "ckpt")
+    where = ["--out", out, "--checkpoint-dir", checkpoints, "--data-dir", str(folder)]
+    return ["--device", "cpu", *where]
+
+
 @pytest.fixture
 def flags(small, tmp_path):
-    """Flags of a run that takes a few seconds and writes into tmp_path."""
-    folders = ["--out", str(tmp_path / "out"), "--checkpoint-dir", str(tmp_path / "ckpt"), "--data-dir", str(tmp_path)]
-    short = ["--ids", "4", "--epochs", "3", "--batch-size", "32", "--meta-epochs", "2", "--hidden", "16"]
-    return ["--dataset", small, "--device", "cpu", *folders, *short]
+    """Flags of a training run on `small` that takes a few seconds and writes into tmp_path."""
+    short = ["--ids", "4", "--epochs", "3", "--batch-size", "32"]
+    return ["--dataset", small, *places(tmp_path), *short]
+
+
+def refused(capsys, words, call, *arguments):
+    """`call` must end with exit code 2 and one line on stderr that holds `words`; returns that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call(*arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert words in lines[0], lines
+    return lines[0]
+
+
+@contextlib.contextmanager
+def record_reads():
+    """Collect the indices of all images that are read: a list that grows with each call of raw_batch, from any module."""
+    real, read = D.raw_batch, []
+
+    def spy(data, indices):
+        read.append(np.asarray(indices))
+        return real(data, indices)
+
+    modules = [m for m in list(sys.modules.values()) if getattr(m, "raw_batch", None) is real]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "raw_batch", spy)
+        yield read

@@ -1,75 +1,65 @@
-"""LTU against finite differences, brute force, scikit-learn, and itself with a flag changed.
+"""LTU against finite differences, brute force, scikit-learn, and itself with a flag changed."""
 
-python -m pytest tests/test_ltu.py
-"""
-
-import argparse
 import copy
 import itertools
 import json
 import pathlib
-import types
+from argparse import Namespace
+from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import places, record_reads, refused
 from sklearn.svm import SVC
 from torch import nn
 from torch.func import functional_call
 
 import common
 import data as D
+import evaluate as E
 import ltu as L
 import train as T
 
-ROOT = pathlib.Path(__file__).parent.parent
+SOURCE = pathlib.Path(L.__file__).read_text()
 
 
 class Tiny(nn.Module):
-    """A smooth model with or without batch norm, small enough for a finite difference of every parameter."""
+    """A smooth model, with or without batch norm, that finite differences can walk through."""
 
-    def __init__(self, norm: bool, K=3):
+    def __init__(self, norm: bool):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, 3, 3, bias=not norm)
         self.norm = nn.BatchNorm2d(3) if norm else nn.Identity()
-        self.head = nn.Linear(3, K)
+        self.head = nn.Linear(3, 3)
 
     def forward(self, images):
         features = F.gelu(self.norm(self.conv(images))).mean((2, 3))
         return features, self.head(features)
 
 
-def problem(norm=True, multilabel=False, **changes):
+def problem(norm=True, multilabel=False, k=5, **changes):
     """A tiny model, four MI models and one batch of each set, in float64."""
-    args = L.parse_args([])
-    args.amp = False
-    for key, value in ({"alpha": 0.7, "support_size": 5} | changes).items():
-        setattr(args, key, value)
-    net = Tiny(norm).double().train()
-    rng = torch.Generator().manual_seed(1)
-    k, labels = 5, lambda n: torch.randint(2, (n, 3), generator=rng).float() if multilabel else torch.randint(3, (n,), generator=rng)
-    images = lambda n: torch.rand(n, 3, 5, 5, generator=rng, dtype=torch.float64)
-    batch = {
-        "iteration": 0,
-        "S": images(k),
-        "Q": images(3 * k),
-        "y_rand": labels(k),
-        "y": labels(k),
-        "y_Q": labels(3 * k),
-        "attacks": [0, 2],
-    }
-    attacks = []
+    args = Namespace(**vars(L.parse_args([])) | {"amp": False, "alpha": 0.7} | changes)
+    net, rng, attacks = Tiny(norm).double().train(), torch.Generator().manual_seed(1), []
+    images = torch.rand(4 * k, 3, 5, 5, generator=rng, dtype=torch.float64)
+    labels = torch.randint(3, (5 * k,), generator=rng)
+    if multilabel:
+        labels = torch.randint(2, (5 * k, 3), generator=rng).float()
+    batch = {"iteration": 0, "S": images[:k], "Q": images[k:], "attacks": [0, 2]}
+    batch |= {"y_rand": labels[:k], "y": labels[k : 2 * k], "y_Q": labels[2 * k :]}
     for number, kind in enumerate(L.KINDS):
         torch.manual_seed(number)
-        attack = L.MIModel(kind, L.signals(kind, torch.zeros(2, 3), batch["y"][:2]).shape[1]).double().requires_grad_(False)
-        attack.mean.normal_(0, 0.3)
-        for q in attack.parameters():
-            q *= 3  # far from linear, so that second order counts
-        attacks.append(attack)
-    theta = {n: p.detach() for n, p in net.named_parameters()}
-    return types.SimpleNamespace(args=args, net=net, batch=batch, attacks=attacks, theta=theta)
+        inputs = L.signals(kind, torch.zeros(2, 3), labels[:2]).shape[1]
+        attacks.append(L.MIModel(kind, inputs).double().requires_grad_(False))
+        attacks[-1].mean.normal_(0, 0.3)
+        for q in attacks[-1].parameters():
+            q *= 3  # far from linear, so that the second order counts
+    theta = {name: q.detach() for name, q in net.named_parameters()}
+    return Namespace(args=args, net=net, batch=batch, attacks=attacks, theta=theta)
 
 
 def flat(tensors):
@@ -80,45 +70,41 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def objective(p, feedback, alpha=None):
-    """Eq. (4) of either feedback as a function of the flat parameter vector, written again without the project's functions."""
-    alpha = p.args.alpha if alpha is None else alpha
-    names, shapes = list(p.theta), [t.shape for t in p.theta.values()]
-
-    def output(vector, images):
-        theta = dict(
-            zip(names, (part.view(s) for part, s in zip(vector.split([s.numel() for s in shapes]), shapes, strict=True)), strict=True)
-        )
-        return functional_call(copy.deepcopy(p.net), theta, (images,))[1]
-
-    def task(logits, y):
-        if y.ndim == 2:
-            return -(y * F.logsigmoid(logits) + (1 - y) * F.logsigmoid(-logits)).mean()
-        return -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
-
-    if feedback == "remember":
-        tune = lambda vector: task(output(vector, p.batch["S"]), p.batch["y_rand"])
-        Q, y_Q = p.batch["Q"], p.batch["y_Q"]
-        k = len(Q) // 3
-        # one forward pass for the three sets (batch norm sees them together), three means, summed
-        test = lambda vector: sum(task(output(vector, Q)[i * k : (i + 1) * k], y_Q[i * k : (i + 1) * k]) for i in range(3))
-    else:
-        i, j = p.batch["attacks"]
-        audit = lambda which: lambda vector: -F.logsigmoid(-p.attacks[which](output(vector, p.batch["S"]), p.batch["y"])).mean()
-        tune, test = audit(i), audit(j)
-
-    def value(vector):
-        vector = vector.detach().requires_grad_()
-        loss = tune(vector)
-        (g,) = torch.autograd.grad(loss, vector)
-        return (loss + test((vector - alpha * g).detach())).item()
-
-    return value
+def task(logits, y):
+    if y.ndim == 2:
+        return -(y * F.logsigmoid(logits) + (1 - y) * F.logsigmoid(-logits)).mean()
+    return -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
 
 
-def slope(value, at, step=1e-5):
-    eye = torch.eye(len(at), dtype=torch.float64) * step
-    return torch.tensor([(value(at + e) - value(at - e)) / (2 * step) for e in eye], dtype=torch.float64)
+def loss(p, feedback, query: int, vector):
+    """Support (query = 0) or query loss (1) of Eq. (6), (7), (11), written again for this test."""
+    parts = vector.split([t.numel() for t in p.theta.values()])
+    theta = {name: q.view_as(p.theta[name]) for name, q in zip(p.theta, parts, strict=True)}
+    images = p.batch["Q" if query and feedback == "remember" else "S"]
+    logits = functional_call(copy.deepcopy(p.net), theta, (images,))[1]
+    if feedback == "forget":
+        attack = p.attacks[p.batch["attacks"][query]]
+        return -F.logsigmoid(-attack(logits, p.batch["y"])).mean()
+    if not query:
+        return task(logits, p.batch["y_rand"])
+    # One pass for the three sets (batch norm sees them together), three means, summed.
+    sets = zip(logits.chunk(3), p.batch["y_Q"].chunk(3), strict=True)
+    return sum(task(z, y) for z, y in sets)
+
+
+def objective(p, feedback, alpha, vector):
+    """Eq. (4) of a feedback at the flat parameter vector."""
+    vector = vector.detach().requires_grad_()
+    tune = loss(p, feedback, 0, vector)
+    tau = vector - alpha * torch.autograd.grad(tune, vector)[0]
+    return (tune + loss(p, feedback, 1, tau.detach())).item()
+
+
+def slope(value, theta, step=1e-5):
+    """The gradient of value at theta by central differences, one parameter at a time."""
+    at = flat(theta.values())
+    steps = torch.eye(len(at), dtype=torch.float64) * step
+    return torch.stack([torch.tensor(value(at + e) - value(at - e)) for e in steps]) / (2 * step)
 
 
 def feedback_gradient(p, feedback, module=L):
@@ -126,65 +112,67 @@ def feedback_gradient(p, feedback, module=L):
     return flat(module.iteration(p.net, p.theta, p.batch, p.attacks, p.args)[0])
 
 
-# ------------------------------------------------------------------------------------------------ Eq. (1)-(5)
-
-
+# Eq. (1)-(5)
 @pytest.mark.parametrize("multilabel", (False, True), ids=("classes", "attributes"))
 @pytest.mark.parametrize("norm", (True, False), ids=("batch norm", "no norm"))
 @pytest.mark.parametrize("feedback", ("remember", "forget"))
 def test_both_feedbacks_against_finite_differences_of_equation_4(feedback, norm, multilabel):
-    """Every parameter, central differences in float64 of a formula written in this file."""
+    """--first-order leaves out the Hessian's term; --no-metaopt takes both losses at theta."""
     p = problem(norm, multilabel)
-    expected = slope(objective(p, feedback), flat(p.theta.values()))
-    assert relative(feedback_gradient(p, feedback), expected) < 1e-6
-
-
-@pytest.mark.parametrize("feedback", ("remember", "forget"))
-def test_first_order_and_plain_gradients_are_another_thing(feedback):
-    """--first-order drops exactly the Hessian's term; --no-metaopt is the gradient of both losses at theta."""
-    p = problem()
     exact = feedback_gradient(p, feedback)
+    assert relative(exact, slope(partial(objective, p, feedback, 0.7), p.theta)) < 1e-6
     p.args.first_order = True
     assert relative(feedback_gradient(p, feedback), exact) > 1e-2
     p.args.first_order, p.args.metaopt = False, False
     plain = feedback_gradient(p, feedback)
-    assert relative(plain, slope(objective(p, feedback, alpha=0.0), flat(p.theta.values()))) < 1e-6
+    assert relative(plain, slope(partial(objective, p, feedback, 0.0), p.theta)) < 1e-6
     assert relative(plain, exact) > 1e-2
+
+
+def test_the_bar_is_the_plain_gradient_of_the_query_losses():
+    p = problem()
+    g, told = L.plain_gradient(p.net, p.theta, p.batch, p.args)
+    query = partial(loss, p, "remember", 1)
+    assert relative(flat(g), slope(lambda vector: query(vector).item(), p.theta)) < 1e-6
+    assert told == {"test": pytest.approx(query(flat(p.theta.values())).item())}
+    assert p.net.norm.num_batches_tracked == 1
 
 
 def test_meta_gradient_in_closed_form():
     """L_tune = a x^2 / 2, L_test = b x^2 / 2: the gradient is a x + b (1 - alpha a)^2 x."""
-    a, b, alpha, x = 3.0, 5.0, 0.2, torch.tensor([1.7], dtype=torch.float64)
-    half = lambda c: lambda theta: c * (theta["x"] ** 2).sum() / 2
-    (g,), tune, test = L.meta_gradient(half(a), half(b), {"x": x}, alpha)
-    assert g.item() == pytest.approx(a * 1.7 + b * (1 - alpha * a) ** 2 * 1.7, rel=1e-12)
-    assert tune == pytest.approx(a * 1.7**2 / 2) and test == pytest.approx(b * ((1 - alpha * a) * 1.7) ** 2 / 2)
-    (g,), _, _ = L.meta_gradient(half(a), half(b), {"x": x}, alpha, first_order=True)
-    assert g.item() == pytest.approx(a * 1.7 + b * (1 - alpha * a) * 1.7, rel=1e-12)
+    a, b, alpha, x = 3.0, 5.0, 0.2, 1.7
+    theta = {"x": torch.tensor([x], dtype=torch.float64)}
+
+    def half(c, theta):
+        return c * (theta["x"] ** 2).sum() / 2
+
+    (g,), tune, test = L.meta_gradient(partial(half, a), partial(half, b), theta, alpha)
+    assert g.item() == pytest.approx(a * x + b * (1 - alpha * a) ** 2 * x, rel=1e-12)
+    assert (tune, test) == pytest.approx((a * x**2 / 2, b * ((1 - alpha * a) * x) ** 2 / 2))
+    (g,), _, _ = L.meta_gradient(partial(half, a), partial(half, b), theta, alpha, True)
+    assert g.item() == pytest.approx(a * x + b * (1 - alpha * a) * x, rel=1e-12)
 
 
 MUTANTS = {
-    "first order: no graph through the tuned step": ("create_graph=not first_order and alpha > 0", "retain_graph=True"),
-    "sign of the meta-tune step": ("k: (p - alpha * g)", "k: (p + alpha * g)"),
+    "no graph through the tuned step": ("create_graph=second_order", "retain_graph=True"),
+    "sign of the meta-tune step": ("(p - alpha * g)", "(p + alpha * g)"),
     "sign of the Hessian": ("g + w - alpha * h", "g + w + alpha * h"),
     "alpha forgotten before the Hessian": ("g + w - alpha * h", "g + w - h"),
-    "tune loss left out of the update": ("[(g + w - alpha * h)", "[(w - alpha * h)"),
-    "query losses averaged instead of summed": ("return N * task_losses", "return task_losses"),
-    "queries at theta": ("L_test = test_loss(theta_tau)", "theta_tau = leaf; L_test = test_loss(leaf)"),
-    "true labels in the support set": ('batch["y_rand"]).mean()  # Eq. (6)', 'batch["y"]).mean()  # Eq. (6)'),
-    "same MI model twice": ("audit(i), audit(j)", "audit(i), audit(i)"),
-    "members wanted instead of non-members": ('torch.zeros(len(batch["S"]), device', 'torch.ones(len(batch["S"]), device'),
+    "tune loss left out of the update": ("g + w - alpha * h", "w - alpha * h"),
+    "query losses averaged, not summed": ("return N * task_losses", "return task_losses"),
+    "queries at theta": ("test_loss(theta_tau)", "test_loss(leaf); theta_tau = leaf"),
+    "true labels in the support set": ('batch["y_rand"]).mean()', 'batch["y"]).mean()'),
+    "same MI model twice": ("audit(theta, attacks[j])", "audit(theta, attacks[i])"),
+    "members wanted": ('torch.zeros(len(batch["S"])', 'torch.ones(len(batch["S"])'),
 }
 
 
 @pytest.mark.parametrize("old, new", MUTANTS.values(), ids=MUTANTS)
 def test_mutants_of_the_meta_gradient_are_caught(old, new):
-    """Each breaks ltu.py in memory, and must move one of the two feedbacks away from the true one."""
-    source = (ROOT / "ltu.py").read_text()
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in ltu.py"
-    mutant = types.ModuleType("mutant")
-    exec(compile(source.replace(old, new), "mutant", "exec"), mutant.__dict__)
-    moved = []
+    """Each breaks ltu.py in memory, and must move one of the two feedbacks."""
+    assert SOURCE.count(old) == 1, f"{old!r} stands {SOURCE.count(old)} times in ltu.py"
+    mutant, moved = ModuleType("mutant"), []
+    exec(compile(SOURCE.replace(old, new), "mutant", "exec"), mutant.__dict__)
     for feedback in ("remember", "forget"):
         p = problem()
         exact = feedback_gradient(p, feedback)
@@ -203,445 +191,406 @@ def test_batch_norm_statistics_are_moved_by_query_passes_alone():
     feedback_gradient(p, "remember")
     assert p.net.norm.num_batches_tracked == 1  # S moved nothing
     leaf = {k: q.clone().requires_grad_() for k, q in p.theta.items()}
-    g = torch.autograd.grad(
-        common.task_losses(functional_call(copy.deepcopy(p.net), leaf, (p.batch["S"],))[1], p.batch["y_rand"]).mean(), list(leaf.values())
-    )
-    tau = {k: (q - p.args.alpha * d).detach() for (k, q), d in zip(p.theta.items(), g, strict=True)}
-    hidden = F.conv2d(p.batch["Q"], tau["conv.weight"])  # the temporary model's own activations of the query images
+    logits = functional_call(copy.deepcopy(p.net), leaf, (p.batch["S"],))[1]
+    (g,) = torch.autograd.grad(task(logits, p.batch["y_rand"]), leaf["conv.weight"])
+    # The temporary model's own activations of the query images.
+    hidden = F.conv2d(p.batch["Q"], p.theta["conv.weight"] - p.args.alpha * g)
     expected = 0.9 * before["norm.running_mean"] + 0.1 * hidden.mean((0, 2, 3))
     assert torch.allclose(p.net.norm.running_mean, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", ("toy_vit", "toy_resnet"))
 def test_exact_gradient_through_the_real_models(name):
-    """timm's attention has no second derivative in its fused form; batch norm and ReLU do. Against a directional difference."""
-    p = problem()
-    torch.manual_seed(0)
+    """timm's fused attention has no second derivative, so ltu.py must not use it."""
+    p = problem(alpha=0.01)
     p.net = common.build_model(name, 3, 16).double().train()
     p.theta = {n: q.detach() for n, q in p.net.named_parameters()}
-    up = lambda images: F.interpolate(images, size=(16, 16), mode="bilinear")
-    p.batch |= {"S": up(p.batch["S"]), "Q": up(p.batch["Q"])}
-    p.args.alpha = 0.01
-    g, value = feedback_gradient(p, "remember"), objective(p, "remember")
-    along, at, step = g / g.norm(), flat(p.theta.values()), 1e-7  # so small that no ReLU changes sides
-    assert (value(at + step * along) - value(at - step * along)) / (2 * step) == pytest.approx(g.norm().item(), rel=1e-5)
+    for key in ("S", "Q"):
+        p.batch[key] = F.interpolate(p.batch[key], size=(16, 16), mode="bilinear")
+    g, at = feedback_gradient(p, "remember"), flat(p.theta.values())
+    step = 1e-7 * g / g.norm()  # so small that no ReLU changes sides
+    above, below = (objective(p, "remember", 0.01, vector) for vector in (at + step, at - step))
+    assert (above - below) / 2e-7 == pytest.approx(g.norm().item(), rel=1e-5)
 
 
 def test_bf16_gradient_is_near_the_exact_one():
-    p = problem(alpha=0.1)
-    exact = feedback_gradient(p, "remember")
-    single = problem(alpha=0.1, amp=True)
-    single.net.float()
-    single.theta = {n: q.detach() for n, q in single.net.named_parameters()}
-    single.batch |= {name: single.batch[name].float() for name in ("S", "Q")}
-    assert 1e-5 < relative(feedback_gradient(single, "remember").double(), exact) < 0.05
+    exact = feedback_gradient(problem(alpha=0.1), "remember")
+    p = problem(alpha=0.1, amp=True)
+    p.theta = {n: q.detach() for n, q in p.net.float().named_parameters()}
+    p.batch |= {name: p.batch[name].float() for name in ("S", "Q")}
+    assert 1e-5 < relative(feedback_gradient(p, "remember").double(), exact) < 0.05
 
 
-# ------------------------------------------------------------------------------------------------ Eq. (12)
-
-
+# Eq. (12)
 def test_harmonize_by_hand():
-    """Conflict: (0, 1) stays of (-1, 1) against (1, 0). No conflict: nothing changes. Over several tensors at once."""
-    g_f, cosine = L.harmonize([torch.tensor([1.0]), torch.tensor([0.0])], [torch.tensor([-1.0]), torch.tensor([1.0])])
-    assert flat(g_f).tolist() == [0, 1] and cosine == pytest.approx(-(0.5**0.5))
+    """Of (-1, 1) against (1, 0) stays (0, 1); without a conflict nothing changes."""
+    one, nothing = torch.ones(1), torch.zeros(1)
+    projected, cosine = L.harmonize([one, nothing], [-one, one])  # over two tensors at once
+    assert flat(projected).tolist() == [0, 1] and cosine == pytest.approx(-(0.5**0.5))
     same = [torch.tensor([1.0, 2.0])]
-    assert L.harmonize([torch.tensor([1.0, 1.0])], same)[0] is same
-    g_f, _ = L.harmonize([torch.tensor([3.0, 4.0])], [torch.tensor([-1.0, 0.0])])  # -1 + 3/25 * 3, 3/25 * 4
-    assert g_f[0].tolist() == pytest.approx([-0.64, 0.48])
+    assert L.harmonize([torch.ones(2)], same)[0] is same
+    assert L.harmonize([torch.zeros(2)], same) == (same, 0)
+    (projected,), _ = L.harmonize([torch.tensor([3.0, 4.0])], [torch.tensor([-1.0, 0.0])])
+    assert projected.tolist() == pytest.approx([-1 + 3 / 25 * 3, 3 / 25 * 4])
 
 
 def test_harmonized_gradients_never_conflict():
-    rng = torch.Generator().manual_seed(0)
-    conflicts = 0
+    rng, conflicts = torch.Generator().manual_seed(0), 0
     for _ in range(200):
-        g_r, g_f = ([torch.randn(n, generator=rng, dtype=torch.float64) for n in (3, 4)] for _ in range(2))
+        g_r = torch.randn(7, generator=rng, dtype=torch.float64).split((3, 4))
+        g_f = torch.randn(7, generator=rng, dtype=torch.float64).split((3, 4))
         projected, cosine = L.harmonize(g_r, g_f)
         r, f, new = flat(g_r), flat(g_f), flat(projected)
-        assert cosine == pytest.approx((r @ f / (r.norm() * f.norm())).item())
-        assert r @ new > -1e-12 * r.norm() * f.norm()
-        if cosine < 0:
-            conflicts += 1
-            assert abs(r @ new) < 1e-12 * r.norm() * f.norm() and abs((f - new) @ new) < 1e-9  # what was removed lies along g_r
-            again, _ = L.harmonize(g_r, projected)
-            assert torch.allclose(flat(again), new, atol=1e-12)
-            scaled, _ = L.harmonize([5 * g for g in g_r], g_f)
-            assert torch.allclose(flat(scaled), new)
-        else:
+        size = (r.norm() * f.norm()).item()
+        assert cosine == pytest.approx((r @ f).item() / size)
+        if cosine >= 0:
             assert torch.equal(new, f)
+            continue
+        conflicts += 1
+        assert abs(r @ new) < 1e-12 * size
+        assert abs((f - new) @ new) < 1e-9  # what was removed lies along g_r
+        assert torch.allclose(flat(L.harmonize(g_r, projected)[0]), new, atol=1e-12)
+        assert torch.allclose(flat(L.harmonize([5 * g for g in g_r], g_f)[0]), new)
     assert 60 < conflicts < 140
-    zero, cosine = L.harmonize([torch.zeros(2)], [torch.ones(2)])
-    assert cosine == 0 and zero[0].tolist() == [1, 1]
 
 
-# ------------------------------------------------------------------------------------------------ Eq. (6)-(10)
-
-
-def digits_args(tmp_path, *extra):
-    folders = ["--data-dir", str(tmp_path), "--checkpoint-dir", str(tmp_path / "c"), "--out", str(tmp_path / "o")]
-    return L.parse_args(["--dataset", "digits", "--device", "cpu", *folders, *extra])
-
-
+# Eq. (6)-(10)
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    args = digits_args(folder)
-    args.amp = False
+    """The digits with ltu.py's default split, and a model that nobody has trained."""
+    args = L.parse_args(["--no-amp", *places(tmp_path_factory.mktemp("digits"))])
     data = D.load(args)
     split = D.make_split(data, args)
-    seen = D.reachable(split, 0.3, 0)
-    return types.SimpleNamespace(args=args, data=data, split=split, seen=seen, folder=folder)
+    parts = {name: torch.tensor(split[name]) for name in ("retain", "forget", "val", "test")}
+    model, seen = common.build_model("toy_resnet", 10, 8).eval(), D.reachable(split, 0.3, 0)
+    return Namespace(args=args, data=data, split=split, parts=parts, model=model, seen=seen)
 
 
 def test_z_1_is_the_nearest_neighbour(digits):
-    torch.manual_seed(0)
-    model = common.build_model("toy_resnet", 10, 8)
-    forget, seen = torch.tensor(digits.split["forget"][:40]), torch.tensor(digits.seen)
-    table = L.z_1_table(model, digits.data, forget, seen, digits.args)
+    forget, seen = digits.parts["forget"][:40], torch.tensor(digits.seen)
+    table = L.z_1_table(digits.model, digits.data, forget, seen)
+    images = digits.data["images"].permute(0, 3, 1, 2) / 255.0
     with torch.no_grad():
-        model.eval()
-        features = lambda i: model(digits.data["images"][i].permute(0, 3, 1, 2) / 255.0)[0].numpy()
-        f, r = features(forget), features(seen)
-    for row, chosen in zip(f, table.tolist(), strict=True):
-        distances = [np.sqrt(((row - other) ** 2).sum()) for other in r]
-        assert distances[digits.seen.index(chosen)] == pytest.approx(min(distances), abs=1e-5)
-    assert len(set(table.tolist())) > 10
+        f, r = (digits.model(images[part])[0].numpy() for part in (forget, seen))
+    distances = np.sqrt(((f[:, None] - r) ** 2).sum(2))  # (40, |D_r_hat|)
+    chosen = distances[np.arange(40), np.searchsorted(digits.seen, table.numpy())]
+    assert chosen == pytest.approx(distances.min(1), abs=1e-5)
+    assert set(table.tolist()) <= set(digits.seen) and len(set(table.tolist())) > 10
 
 
 def test_z_2_finds_a_nearest_label_and_breaks_ties_at_random():
-    rng = torch.Generator().manual_seed(0)
+    rng, chosen = torch.Generator().manual_seed(0), set()
     seen, seen_labels = torch.arange(100, 140), torch.randint(0, 2, (40, 3), generator=rng).float()
     labels = torch.randint(0, 2, (30, 3), generator=rng).float()
-    chosen = set()
     for _ in range(20):
         found = L.z_2(labels, seen, seen_labels, rng)
         distance = (labels - seen_labels[found - 100]).abs().sum(1)
         assert torch.equal(distance, (labels[:, None] - seen_labels).abs().sum(2).amin(1))
         chosen |= set(found.tolist())
     assert len(chosen) > 30  # of 40: not always the first
-    one_hot = F.one_hot(torch.tensor([2]), 4).float()
-    assert L.z_2(one_hot, torch.tensor([7, 8]), F.one_hot(torch.tensor([0, 1]), 4).float(), rng).item() in (7, 8)  # no such class
+    one_hot = torch.eye(4)  # of the third class there is no image
+    assert L.z_2(one_hot[2:3], torch.tensor([7, 8]), one_hot[:2], rng).item() in (7, 8)
 
 
 def test_random_labels_are_uniform_over_all_classes(digits):
     """Chi-square at a fixed seed, 9 degrees of freedom: 27.9 is its 99.9 % point."""
-    labels = D.random_labels(digits.data, torch.tensor(digits.seen), 20000, torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    labels = D.random_labels(digits.data, torch.tensor(digits.seen), 20000, rng)
     count = np.bincount(labels.numpy(), minlength=10)
     assert ((count - 2000) ** 2 / 2000).sum() < 27.9
 
 
 def test_batches_hold_what_the_paper_says(digits):
-    """S and D_Au are distinct images of D_f, Q_1..Q_3 of D_r_hat; two different MI models; the same iteration, the same batch."""
-    torch.manual_seed(0)
-    model = common.build_model("toy_resnet", 10, 8)
-    forget, seen = torch.tensor(digits.split["forget"]), torch.tensor(digits.seen)
-    z_1, vectors = L.z_1_table(model, digits.data, forget, seen, digits.args), L.label_vectors(digits.data, seen)
-    pairs, batches = set(), []
-    for t in range(30):
-        batch = L.draw_batch(digits.data, forget, seen, vectors, z_1, t, digits.args)
+    """S is of D_f, Q_1..Q_3 of D_r_hat, two MI models differ; an iteration repeats its batch."""
+    forget, seen, y = digits.parts["forget"], torch.tensor(digits.seen), digits.data["targets"]
+    z_1 = L.z_1_table(digits.model, digits.data, forget, seen)
+    given = digits.data, forget, seen, L.label_vectors(digits.data, seen), z_1
+    batches, k = [L.draw_batch(*given, t, digits.args) for t in range(30)], 64
+    for batch in batches:
         S, Q = batch["indices"]
-        k = digits.args.support_size
-        assert len(set(S.tolist())) == k and set(S.tolist()) <= set(digits.split["forget"])
+        assert len(S) == len(set(S.tolist())) == k and set(S.tolist()) <= set(forget.tolist())
         assert len(Q) == 3 * k and set(Q.tolist()) <= set(digits.seen)
-        assert torch.equal(Q[:k], z_1[torch.tensor([digits.split["forget"].index(i) for i in S.tolist()])])
-        y = digits.data["targets"]
+        assert torch.equal(Q[:k], z_1[torch.searchsorted(forget, S)])
         assert torch.equal(y[Q[k : 2 * k]], y[S]) and len(set(Q[2 * k :].tolist())) == k
         assert torch.equal(batch["y"], y[S]) and torch.equal(batch["y_Q"], y[Q])
         assert torch.equal(batch["S"], D.raw_batch(digits.data, S))
-        pairs.add(tuple(batch["attacks"]))
-        batches.append(batch)
+        assert torch.equal(batch["Q"], D.raw_batch(digits.data, Q))
+    pairs = {tuple(batch["attacks"]) for batch in batches}
     assert all(i != j for i, j in pairs) and len(pairs) > 8
-    again = L.draw_batch(digits.data, forget, seen, vectors, z_1, 3, digits.args)
-    assert torch.equal(again["Q"], batches[3]["Q"]) and torch.equal(again["y_rand"], batches[3]["y_rand"])
-    assert not torch.equal(batches[3]["Q"], batches[4]["Q"]) and not torch.equal(batches[3]["y_rand"], batches[4]["y_rand"])
+    again = L.draw_batch(*given, 3, digits.args)
+    for name in ("Q", "y_rand"):
+        assert torch.equal(again[name], batches[3][name])
+        assert not torch.equal(again[name], batches[4][name])
 
 
-# ------------------------------------------------------------------------------------------------ MI models
-
-
+# MI models
 @pytest.mark.parametrize("multilabel", (False, True), ids=("classes", "attributes"))
 def test_signals_against_a_loop(multilabel):
-    rng = torch.Generator().manual_seed(0)
+    rng, shape = torch.Generator().manual_seed(0), (6, 5) if multilabel else (6,)
     logits = 3 * torch.randn(6, 5, generator=rng, dtype=torch.float64)
-    y = torch.randint(2, (6, 5), generator=rng) if multilabel else torch.randint(5, (6,), generator=rng)
-    got = {kind: L.signals(kind, logits, y).numpy() for kind in L.KINDS}
-    for row in range(6):
-        z = logits[row].numpy()
+    targets = torch.randint(2 if multilabel else 5, shape, generator=rng)
+    got = {kind: L.signals(kind, logits, targets).numpy() for kind in L.KINDS}
+    for row, (z, y) in enumerate(zip(logits.numpy(), targets.numpy(), strict=True)):
         if multilabel:
-            t = y[row].numpy()
-            p = 1 / (1 + np.exp(-z))
-            right = np.where(t == 1, p, 1 - p)
-            loss, entropy = -np.log(right).mean(), -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
-            odds, margin, top, label = np.log(right / (1 - right)).mean(), np.log(right / (1 - right)).min(), right, t
+            label, p = y, 1 / (1 + np.exp(-z))
+            top = np.where(y == 1, p, 1 - p)
+            entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
+            odds = np.log(top / (1 - top))
+            loss, odds, margin = -np.log(top).mean(), odds.mean(), odds.min()
         else:
-            p = np.exp(z) / np.exp(z).sum()
-            own, others = p[y[row]], np.delete(p, y[row])
-            loss, entropy, odds = -np.log(own), -(p * np.log(p)).sum(), np.log(own / (1 - own))
-            margin, top, label = z[y[row]] - np.delete(z, y[row]).max(), p, np.eye(5)[y[row]]
-            assert odds == pytest.approx(np.log(own / others.sum()))
+            label, p = np.eye(5)[y], np.exp(z) / np.exp(z).sum()
+            top, loss, entropy = p, -np.log(p[y]), -(p * np.log(p)).sum()
+            odds, margin = np.log(p[y] / np.delete(p, y).sum()), z[y] - np.delete(z, y).max()
         assert got["posterior"][row] == pytest.approx(np.concatenate([p, label]))
         assert got["top3"][row] == pytest.approx(np.sort(top)[::-1][:3])
         assert got["scalars"][row] == pytest.approx([loss, entropy, margin, top.max()])
         assert got["logit"][row] == pytest.approx(np.concatenate([[odds], label]))
 
 
-def test_mi_models_differ_and_tell_members_from_others(digits):
-    """Trained on outputs of a made-up model that is surer of members: each finds that, in its own way, and changes in no update."""
-
-    class Surer(nn.Module):
-        def forward(self, images):
-            index = (images[:, 0, 0, 0] * 255).round().long() + 256 * (images[:, 1, 0, 0] * 255).round().long()
-            noise = torch.randn(len(targets), 10, generator=torch.Generator().manual_seed(3))[index]
-            sure = torch.where(torch.isin(index, torch.tensor(digits.seen)), 6.0, 2.0)[:, None]
-            return noise, noise + sure * F.one_hot(targets[index], 10)
-
-    targets = digits.data["targets"]
-    coded = torch.zeros(len(targets), 8, 8, 3, dtype=torch.uint8)  # images that carry their own number
-    coded[:, 0, 0, 0], coded[:, 0, 0, 1] = torch.arange(len(targets)) % 256, torch.arange(len(targets)) // 256
-    data = digits.data | {"images": coded}
-    attacks, report = L.mi_models(Surer(), data, digits.split, digits.seen, digits.args)
-    assert [a.kind for a in attacks] == list(L.KINDS) and len({str(a.net) for a in attacks}) == 4
-    assert all(r["left_out"] > 0.75 for r in report)
-    x, y = torch.randn(50, 10, generator=torch.Generator().manual_seed(0)), targets[:50]
-    says = torch.stack([a(x, y) for a in attacks])
-    assert all(abs(np.corrcoef(says[i], says[j])[0, 1]) < 0.999 for i, j in itertools.combinations(range(4), 2))
-    logits = x.clone().requires_grad_()
+def test_mi_models_differ_and_tell_members_from_others(digits, monkeypatch):
+    """Each finds, in its own way, that a made-up model is surer of members."""
+    targets, member = digits.data["targets"], torch.full((len(digits.data["targets"]), 1), 2.0)
+    member[digits.seen] = 6.0
+    noise = torch.randn(len(targets), 10, generator=torch.Generator().manual_seed(3))
+    outputs = noise + member * F.one_hot(targets, 10)
+    monkeypatch.setattr(L, "predict", lambda model, data, indices, amp: outputs[indices])
+    monkeypatch.setattr(L, "MI_STEPS", 200)
+    given = digits.model, digits.data, digits.split, digits.seen, digits.args
+    attacks, report = L.mi_models(*given)
+    assert [a.kind for a in attacks] == [r["kind"] for r in report] == list(L.KINDS)
+    assert len({str(a.net) for a in attacks}) == 4 and all(r["left_out"] > 0.75 for r in report)
+    logits, y = noise[:50].requires_grad_(), targets[:50]
+    alike = np.corrcoef(torch.stack([a(logits, y).detach() for a in attacks]))
+    assert all(abs(alike[i, j]) < 0.999 for i, j in itertools.combinations(range(4), 2))
     for attack in attacks:  # a gradient for every image, none kept by the attack
         (g,) = torch.autograd.grad(attack(logits, y).sum(), logits)
-        assert (g.abs().sum(1) > 0).all() and not any(q.requires_grad for q in attack.parameters())
-    other, _ = L.mi_models(Surer(), data, digits.split, digits.seen, digits.args)
-    assert all(torch.equal(a, b) for a, b in zip(attacks[0].parameters(), other[0].parameters(), strict=True))
+        assert (g.abs().sum(1) > 0).all()
+        assert not any(q.requires_grad for q in attack.parameters())
+    for a, b in zip(attacks, L.mi_models(*given)[0], strict=True):
+        assert torch.equal(flat(a.parameters()), flat(b.parameters()))
 
 
-# ------------------------------------------------------------------------------------------------ the metric
+def test_mi_models_are_not_thrown_by_a_class_they_never_saw(digits):
+    """Standardised, a class that only D_f has would weigh a thousand times as much."""
+    kept = np.flatnonzero(digits.data["targets"].numpy() != 3)
+    split, seen = {"val": kept[:100].tolist()}, kept[100:300].tolist()
+    attacks, _ = L.mi_models(digits.model, digits.data, split, seen, digits.args)
+    logits, three = torch.zeros(4, 10), torch.full((4,), 3)
+    for attack in attacks:
+        assert (attack(logits, three) - attack(logits, three + 1)).abs().max() < 20
+
+
+# The metrics
+def plain_svc(members, others, forget) -> float:
+    x, y = np.concatenate([members, others])[:, None], np.repeat([1, 0], len(members))
+    return 1 - SVC(C=3, gamma="auto", kernel="rbf").fit(x, y).predict(forget[:, None]).mean()
 
 
 def test_membership_metric_is_plain_scikit_learn():
-    rng = np.random.default_rng(0)
-    retain, test, forget = 1 - rng.beta(0.2, 9, 400), 1 - rng.beta(0.4, 2, 300), 1 - rng.beta(0.4, 3, 100)
-    retain[:100] = 1.0  # saturated confidences: many equal points
-    test[:40] = 1.0
-    retain, test, forget = (x.astype(np.float32) for x in (retain, test, forget))
-    y = np.repeat([1, 0], 300)
-    kept = np.arange(300) * 400 // 300
-    x = np.concatenate([retain[kept], test])[:, None]  # as many members as non-members
-    expected = 1 - SVC(C=3, gamma="auto", kernel="rbf").fit(x, y).predict(forget[:, None]).mean()
-    got = common.membership_inference(*(torch.from_numpy(a) for a in (retain, test, forget)))
-    assert got == pytest.approx(expected) and 0.1 < expected < 0.9
-    few = common.membership_inference(*(torch.from_numpy(a) for a in (retain[:50], test, forget)))
-    x, y = np.concatenate([retain[:50], test[np.arange(50) * 300 // 50]])[:, None], np.repeat([1, 0], 50)
-    assert few == pytest.approx(1 - SVC(C=3, gamma="auto", kernel="rbf").fit(x, y).predict(forget[:, None]).mean())
+    rng, metric = np.random.default_rng(0), common.membership_inference
+    sets = [(0.2, 9, 400), (0.4, 2, 300), (0.4, 3, 100)]
+    retain, test, forget = (np.float32(1 - rng.beta(a, b, n)) for a, b, n in sets)
+    retain[:100], test[:40] = 1.0, 1.0  # saturated confidences: many equal points
+    members, *others = (torch.from_numpy(part) for part in (retain, test, forget))
+    expected = plain_svc(retain[np.arange(300) * 400 // 300], test, forget)  # as many of each
+    assert 0.1 < expected < 0.9 and metric(members, *others) == pytest.approx(expected)
+    few = plain_svc(retain[:50], test[np.arange(50) * 300 // 50], forget)
+    assert metric(members[:50], *others) == pytest.approx(few)
 
 
 def test_membership_metric_knows_its_extremes_and_order():
-    high, low = torch.linspace(0.9, 1, 50), torch.linspace(0, 0.1, 50)
-    assert common.membership_inference(high, low, high) == 0 and common.membership_inference(high, low, low) == 1
+    metric, high = common.membership_inference, torch.linspace(0.9, 1, 50)
+    low, shuffled = torch.linspace(0, 0.1, 50), torch.arange(50) * 7 % 50
+    assert metric(high, low, high) == 0 and metric(high, low, low) == 1
     mixed = torch.cat([high[:20], low[:30]])
-    shuffled = mixed[torch.randperm(50, generator=torch.Generator().manual_seed(0))]
-    assert common.membership_inference(high, low, mixed) == common.membership_inference(high.flip(0), low, shuffled) == 0.6
+    assert metric(high, low, mixed) == metric(high.flip(0), low, mixed[shuffled]) == 0.6
 
 
 def test_confidence_is_the_probability_of_the_label_whatever_the_batch():
-    logits, y = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1, 2])
-    whole = common.confidence(logits, y)
+    logits, y = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 4
+    whole, p = common.confidence(logits, y), logits.double().sigmoid()
     assert torch.allclose(whole, logits.double().softmax(1)[torch.arange(7), y])
-    assert torch.equal(whole, torch.cat([common.confidence(logits[i : i + 1], y[i : i + 1]) for i in range(7)]))
+    alone = [common.confidence(logits[i : i + 1], y[i : i + 1]) for i in range(7)]
+    assert torch.equal(whole, torch.cat(alone))
     attributes = torch.randint(2, (7, 4), generator=torch.Generator().manual_seed(1)).float()
-    p = logits.double().sigmoid()
-    assert torch.allclose(common.confidence(logits, attributes), torch.where(attributes == 1, p, 1 - p).prod(1) ** 0.25)
+    expected = torch.where(attributes == 1, p, 1 - p).prod(1) ** 0.25
+    assert torch.allclose(common.confidence(logits, attributes), expected)
 
 
 def test_paper_figures_by_hand():
-    """Six images: UA counts errors on D_f, RA and TA right answers; attributes are counted one by one."""
-    row = {"forget": {"accuracy": 0.25}, "retain": {"accuracy": 1.0}, "test": {"accuracy": 0.8}, "mi": 0.3}
-    assert common.paper_figures(row) == {"ua": 0.75, "ra": 1.0, "ta": 0.8, "mi": 0.3}
-    assert common.accuracy(torch.tensor([[2.0, -1.0], [-3.0, -1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])) == 0.75
-    assert common.accuracy(torch.tensor([[2.0, -1.0], [-3.0, -1.0]]), torch.tensor([0, 0])) == 0.5
+    """UA counts errors on D_f, RA and TA right answers; attributes are counted one by one."""
+    row = {"forget": {"accuracy": 0.25}, "retain": {"accuracy": 1.0}, "test": {"accuracy": 0.8}}
+    figures = E.paper_figures(row | {"mi": 0.3})
+    assert figures == {"ua": 0.75, "ra": 1.0, "ta": 0.8, "mi": 0.3}
+    gap = common.average_gap(figures, {"ua": 0.25, "ra": 0.9, "ta": 0.9, "mi": 0.5})
+    assert gap == pytest.approx((0.5 + 0.1 + 0.1 + 0.2) / 4)
+    logits = torch.tensor([[2.0, -1.0], [-3.0, -1.0]])
+    assert common.accuracy(logits, torch.tensor([[1.0, 1.0], [0.0, 0.0]])) == 0.75
+    assert common.accuracy(logits, torch.tensor([0, 0])) == 0.5
 
 
-# ------------------------------------------------------------------------------------------------ whole runs
+# Whole runs
 
-SHORT = ("--epochs", "30", "--iterations", "12", "--alpha", "0.3", "--beta", "0.03")
-NAME = "ltu-alpha=0.3-beta=0.03-iterations=12"
+SHORT = ["--epochs", "25", "--iterations", "12", "--alpha", "0.3", "--beta", "0.03"]
+PHASES = {"train": T, "mi_models": L, "unlearn": L, "validation_gap": E, "measure": E}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One run on the digits: (folder, result, files read in each phase)."""
-    folder, read = tmp_path_factory.mktemp("run"), []
-    raw, plain = D.raw_batch, {module: module.raw_batch for module in (L, T, D)}
-    phase = ["start"]
+    """One run on the digits: its result, what each phase read, and what it returned last."""
+    folder, phases, gave = tmp_path_factory.mktemp("run"), {name: [] for name in PHASES}, {}
+    with record_reads() as read, pytest.MonkeyPatch.context() as patch:
 
-    def spy(data, indices):
-        read.append((phase[0], np.asarray(indices)))
-        return raw(data, indices)
+        def watched(name, real, *args, **kwargs):
+            begin = len(read)
+            gave[name] = real(*args, **kwargs)
+            phases[name] += read[begin:]
+            return gave[name]
 
-    def phased(name, function):
-        def wrapped(*args, **kwargs):
-            phase.append(phase[0])
-            phase[0] = name
-            try:
-                return function(*args, **kwargs)
-            finally:
-                phase[0] = phase.pop()
-
-        return wrapped
-
-    names = ("train", "mi_models", "unlearn", "validation_gap", "measure")
-    functions = {name: getattr(L, name) for name in names}
-    try:
-        for module in plain:
-            module.raw_batch = spy
-        for name in names:
-            setattr(L, name, phased(name, functions[name]))
-        result = L.main(["--device", "cpu", *SHORT, *flags_of(folder)])
-    finally:
-        for module, function in plain.items():
-            module.raw_batch = function
-        for name in names:
-            setattr(L, name, functions[name])
-    return types.SimpleNamespace(folder=folder, result=result, read=read)
+        for name, module in PHASES.items():
+            patch.setattr(module, name, partial(watched, name, getattr(module, name)))
+        result = L.main([*places(folder), *SHORT])
+    assert len(read) == sum(map(len, phases.values()))  # nothing is read between the phases
+    sets = {name: set(np.concatenate(parts).tolist()) for name, parts in phases.items()}
+    figures = {name: E.paper_figures(row) for name, row in result["metrics"].items()}
+    return Namespace(folder=folder, result=result, figures=figures, read=sets, gave=gave)
 
 
-def flags_of(folder):
-    return ["--data-dir", str(folder), "--checkpoint-dir", str(folder / "c"), "--out", str(folder / "o")]
+@pytest.fixture
+def again(run, monkeypatch):
+    """The same run with further flags; the MI models, which would come out the same, are kept."""
+    monkeypatch.setattr(L, "mi_models", lambda *_: run.gave["mi_models"])
+    return lambda *extra: L.main([*places(run.folder), *SHORT, *extra])
 
 
-def again(run, *extra):
-    return L.main(["--device", "cpu", *SHORT, *flags_of(run.folder), *extra])
+def saved_model(folder, name="ltu"):
+    (path,) = folder.rglob(f"{name}-seed0.pt")
+    return torch.load(path, weights_only=True)["model"]
 
 
-def split_of(run):
-    saved = torch.load(next((run.folder / "c").rglob("original-seed0.pt")), weights_only=True)
-    return saved["indices"]
+def equal(a: dict, b: dict) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_forgets_the_forget_set(run):
-    r = run.result
-    assert r["figures"]["retrained"]["ra"] > 0.95 and r["figures"]["original"]["ua"] < 0.01
-    assert r["figures"]["unlearned"]["avg_gap"] < r["figures"]["original"]["avg_gap"] - 0.01
-    assert r["ua"] > 0.02 and r["ra"] > 0.9
-    lost = r["comparison"]["unlearned"]
-    assert lost["forget_lost"] > lost["control_lost_mean"]  # D_f, not what the method never saw
+    gold, own, before = (run.figures[row] for row in ("retrained", "unlearned", "original"))
+    assert gold["ra"] > 0.95 and before["ua"] < 0.01 and own["ua"] > 0.02 and own["ra"] > 0.9
+    assert common.average_gap(own, gold) < common.average_gap(before, gold) - 0.01
+    lost = E.compare(run.result["metrics"])["unlearned"]
+    assert lost["forget_lost"] > lost["control_lost_mean"]  # D_f, not what LTU never saw
+    # Where RA is whole, all retained confidences are above 0.5: an error looks like a non-member.
+    assert before["ra"] > 0.9999
+    assert all(row["mi"] >= row["ua"] for row in run.figures.values() if row["ra"] > 0.9999)
 
 
-def test_mi_is_at_least_ua_where_ra_is_whole(run):
-    """Retained confidences are then above 0.5 throughout, so every error on D_f looks like a non-member."""
-    for row in run.result["figures"].values():
-        if row["ra"] > 0.9999:
-            assert row["mi"] >= row["ua"]
-    assert run.result["figures"]["original"]["ra"] > 0.9999
-
-
-def test_nothing_is_read_that_access_does_not_name(run):
-    """No test image before the evaluation, and of D_r nothing outside D_r_hat while unlearning."""
-    split = split_of(run)
-    allowed = {"train": {"retain", "forget", "val"}, "mi_models": {"val"}, "unlearn": {"forget"}, "validation_gap": {"forget", "val"}}
-    seen = set(D.reachable(split, 0.3, 0))
-    for phase, names in allowed.items():
-        got = set(np.concatenate([i for p, i in run.read if p == phase]).tolist())
-        permitted = set(itertools.chain(*(split[name] for name in names))) | (set() if phase == "train" else seen)
-        assert got and got <= permitted, phase
-        assert not got & set(split["test"])
-    unlearning = set(np.concatenate([i for p, i in run.read if p == "unlearn"]).tolist())
-    assert len(unlearning & seen) > 0.9 * len(seen) and set(split["forget"]) <= unlearning
-    assert {p for p, _ in run.read} == {*allowed, "measure"}
+def test_nothing_is_read_that_access_does_not_name(run, digits):
+    """No test image before the evaluation, and of D_r only D_r_hat while unlearning."""
+    retain, forget, val, test = (set(part.tolist()) for part in digits.parts.values())
+    seen = set(digits.seen)
+    assert run.result["split_hash"] == digits.split["hash"]
     assert run.result["access"]["unlearning"] == ["forget", "retain (rho 0.3)", "val"]
+    assert run.read["train"] == retain | forget | val
+    assert run.read["mi_models"] == seen | val
+    assert run.read["unlearn"] == seen | forget
+    assert run.read["validation_gap"] == seen | forget | val
+    assert run.read["measure"] == retain | forget | val | test
 
 
-def test_rho_limits_what_is_at_hand(run):
-    split = split_of(run)
+def test_rho_limits_what_is_at_hand(digits):
+    split, retain = digits.split, digits.split["retain"]
     sets = {rho: D.reachable(split, rho, 0) for rho in (0.1, 0.3, 1.0)}
-    assert [len(sets[rho]) for rho in sets] == [round(rho * len(split["retain"])) for rho in sets]
-    assert set(sets[0.1]) < set(sets[0.3]) < set(sets[1.0]) == set(split["retain"])
+    assert all(len(part) == round(rho * len(retain)) for rho, part in sets.items())
+    assert set(sets[0.1]) < set(sets[0.3]) < set(sets[1.0]) == set(retain)
     assert D.reachable(split, 0.3, 1) != sets[0.3]
-    positions = D.control_sets(None, split, sets[0.3])
-    unseen = {split["retain"][i] for part in positions for i in part}
-    unseen_all = set(split["retain"]) - set(sets[0.3])
-    half = D.control_sets(None, dict(split, forget=range(10**6)), sets[0.3])  # more to forget than was left unseen
-    assert len({tuple(part) for part in half}) == 20 and {len(part) for part in half} == {len(unseen_all) // 2}
-    assert len(positions) == 20 and {len(part) for part in positions} == {len(split["forget"])} and not unseen & set(sets[0.3])
+    controls = D.control_sets(None, split, sets[0.3])
+    assert [len(part) for part in controls] == [len(split["forget"])] * 20
+    assert not {retain[i] for part in controls for i in part} & set(sets[0.3])
+    # With more to forget than was left unseen, a control set is half of the unseen.
+    half = D.control_sets(None, dict(split, forget=range(10**6)), sets[0.3])
+    assert {len(part) for part in half} == {(len(retain) - len(sets[0.3])) // 2}
+    assert len({tuple(part) for part in half}) == 20
+
+
+KEYS = "name dataset setting seed split_seed split_hash flags access metric metrics validation_gap"
+KEYS += " conflicts mi_models log seconds peak_memory_bytes device versions commit date"
 
 
 def test_result_file(run):
-    (path,) = (run.folder / "o").rglob("*.json")
+    path = run.folder / "out" / "digits-random0.1-noise0.1-split0" / "ltu-seed0.json"
     saved = json.loads(path.read_text())
-    assert saved == run.result and path.name == f"{NAME}-seed0.json" and path.parent.name == "digits-random0.1-noise0.1-split0"
-    design = "method dataset setting seed split_hash access args metrics tow ua ra ta mi avg_gap seconds peak_memory_bytes device versions"
-    assert set(design.split()) <= set(saved)
-    assert {"load", "train", "mi_models", "unlearn", "evaluate"} <= set(saved["seconds"])
-    gold, own = saved["figures"]["retrained"], saved["figures"]["unlearned"]
-    assert saved["avg_gap"] == pytest.approx(np.mean([abs(own[k] - gold[k]) for k in ("ua", "ra", "ta", "mi")]))
-    assert gold["avg_gap"] == 0
+    assert saved == run.result and set(saved) == set(KEYS.split()) and saved["name"] == "ltu"
+    assert set(saved["seconds"]) == {"train", "retrain", "mi_models", "unlearn", "ft", "evaluate"}
+    assert set(saved["metrics"]) == {"original", "retrained", "ft", "unlearned"}
+    assert saved["metric"] == "accuracy" and saved["flags"]["rho"] == 0.3
+    assert [set(entry) for entry in saved["mi_models"]] == [{"kind", "left_out"}] * 4
+    cosines = np.array([entry["cosine"] for entry in saved["log"]])
+    expected = {"share": np.mean(cosines < 0), "mean_cosine": np.mean(cosines)}
+    assert len(cosines) == 12 and saved["conflicts"] == pytest.approx(expected)
 
 
-def test_wrong_labels_are_counted_where_they_are(run):
-    w = run.result["wrong_by_label"]
-    assert w["original"]["D_f"]["flipped"] < 0.1 and w["retrained"]["D_f"]["flipped"] > 0.8  # only memory knows a wrong label
-    assert w["unlearned"]["D_f"]["flipped"] > w["unlearned"]["D_f"]["clean"]
-    split = split_of(run)
-    flips = {name: np.mean([i in split_of_flips(run) for i in split[name]]) for name in ("retain", "forget", "val", "test")}
-    assert all(0.03 < share < 0.18 for share in flips.values())
+def test_wrong_labels_are_counted_where_they_are(run, digits):
+    wrong = {name: row["wrong"]["D_f"] for name, row in run.result["metrics"].items()}
+    # Only memory knows a wrong label.
+    assert wrong["original"]["flipped"] < 0.1 and wrong["retrained"]["flipped"] > 0.8
+    assert wrong["unlearned"]["flipped"] > wrong["unlearned"]["clean"]
+    flipped = digits.data["targets"] != digits.data["true_targets"]
+    assert all(0.03 < flipped[part].float().mean() < 0.18 for part in digits.parts.values())
 
 
-def split_of_flips(run):
-    args = digits_args(run.folder)
-    data = D.load(args)
-    return set(np.flatnonzero((data["targets"] != data["true_targets"]).numpy()).tolist())
+def test_the_same_command_gives_the_same_numbers(run, capsys, monkeypatch):
+    """From the file, or with --overwrite from a second run; other flags are refused."""
+    command, before = [*places(run.folder), *SHORT], saved_model(run.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(L, "train_both", None)
+        assert L.main(command) == run.result and "ToW" in capsys.readouterr().out
+        refused(capsys, "made with --first-order", L.main, [*command, "--first-order"])
+    result = L.main([*command, "--overwrite"])
+    for key in ("metrics", "log", "mi_models", "validation_gap", "flags"):
+        assert result[key] == run.result[key]
+    assert equal(saved_model(run.folder), before)
 
 
-def test_the_same_command_gives_the_same_numbers(run):
-    (path,) = (run.folder / "c").rglob(f"{NAME}-seed0.pt")
-    before = torch.load(path, weights_only=True)["model"]
-    result = again(run)
-    assert result["metrics"] == run.result["metrics"] and result["log"] == run.result["log"]
-    assert all(torch.equal(t, before[k]) for k, t in torch.load(path, weights_only=True)["model"].items())
-
-
-ABLATIONS = {  # what the log then holds, the result's name, and what the first iteration still shares with the full method
-    "--no-forfeed": (lambda log: all("mi_tune" not in e and "tune" in e for e in log), "forfeed=False", {"tune", "test"}),
-    "--no-remfeed": (lambda log: all("mi_tune" in e and "tune" not in e for e in log), "remfeed=False", {"mi_tune", "mi_test"}),
-    "--no-metaopt": (lambda log: all("cosine" in e for e in log), "metaopt=False", {"tune", "mi_tune"}),
-    "--first-order": (lambda log: all("cosine" in e for e in log), "firstorder=True", {"tune", "test", "mi_tune", "mi_test"}),
-    "--combine add": (lambda log: all("cosine" in e for e in log), "combine=add", {"tune", "test", "mi_tune", "mi_test", "cosine"}),
-    "--combine iterative": (
-        lambda log: ["mi_tune" in e for e in log] == [t % 2 == 0 for t in range(12)] == ["tune" not in e for e in log],
-        "combine=iterative",
-        {"mi_tune", "mi_test"},
-    ),
+REMEMBER, FORGET = {"tune", "test"}, {"mi_tune", "mi_test"}
+BOTH = REMEMBER | FORGET | {"cosine"}
+# {flag: (what the log holds, the row's name, what the first iteration shares with full LTU)}
+ABLATIONS = {
+    "--no-forfeed": ([REMEMBER] * 12, "LTU w/o ForFeed", REMEMBER),
+    "--no-remfeed": ([FORGET] * 12, "LTU w/o RemFeed", FORGET),
+    "--no-metaopt": ([BOTH] * 12, "LTU w/o MetaOpt", {"tune", "mi_tune"}),
+    "--first-order": ([BOTH] * 12, "LTU 1st order", REMEMBER | FORGET),
+    "--combine add": ([BOTH] * 12, "LTU add", BOTH),
+    "--combine iterative": ([FORGET, REMEMBER] * 6, "LTU iterative", FORGET),
 }
 
 
 @pytest.mark.parametrize("flag", ABLATIONS)
-def test_each_ablation_changes_what_it_says(run, flag, capsys):
-    """Same models, same split, same first batch; another result, in a file and a row of its own."""
-    result = again(run, *flag.split())
-    holds, name, shared = ABLATIONS[flag]
-    assert holds(result["log"]) and result["method"] == f"{NAME}-{name}"
+def test_each_ablation_changes_what_it_says(run, again, flag, capsys):
+    """Same models, same split, same first batch; another result, in a file of its own."""
+    (holds, label, shared), name = ABLATIONS[flag], flag.split()[-1].strip("-")
+    result = again(*flag.split(), "--name", name)
+    assert [set(told) for told in result["log"]] == holds and result["name"] == f"ltu-{name}"
+    assert len(list((run.folder / "out").rglob(f"ltu-{name}-seed0.json"))) == 1
+    assert any(line.startswith(f"{label}  ") for line in capsys.readouterr().out.splitlines())
     assert result["split_hash"] == run.result["split_hash"]
-    for row in ("original", "retrained", "ft"):
-        assert result["metrics"][row] == run.result["metrics"][row]
-    assert result["metrics"]["unlearned"] != run.result["metrics"]["unlearned"]
-    first, full = result["log"][0], run.result["log"][0]
-    assert all(first[key] == pytest.approx(full[key], rel=1e-6) for key in shared)
-    assert all(first[key] != pytest.approx(full[key], rel=1e-3) for key in set(first) - shared)
-    assert any(line.startswith("LTU ") and line.split()[1].strip("0123456789.") for line in capsys.readouterr().out.splitlines())
+    ours, full = result["metrics"], run.result["metrics"]
+    assert [row for row in full if ours[row] != full[row]] == ["unlearned"]
+    for key, value in result["log"][0].items():
+        assert (value == pytest.approx(run.result["log"][0][key], rel=1e-4)) == (key in shared), key
 
 
 def test_add_and_project_differ_only_where_gradients_conflict():
-    p = problem()
-    for i, j in itertools.permutations(range(4), 2):
-        p.batch["attacks"] = [i, j]
-        p.args.combine = "project"
-        projected, seen = L.iteration(p.net, p.theta, p.batch, p.attacks, p.args)
-        p.args.combine = "add"
-        added, _ = L.iteration(p.net, p.theta, p.batch, p.attacks, p.args)
-        assert torch.allclose(flat(projected), flat(added), rtol=1e-12) == (seen["cosine"] >= 0)
+    p, conflicts = problem(), []
+    for p.batch["attacks"] in itertools.permutations(range(4), 2):
+        given = p.net, p.theta, p.batch, p.attacks
+        added, told = L.iteration(*given, Namespace(**vars(p.args) | {"combine": "add"}))
+        projected, _ = L.iteration(*given, p.args)
+        conflicts.append(told["cosine"] < 0)
+        assert torch.allclose(flat(projected), flat(added), rtol=1e-12) != conflicts[-1]
+    assert 0 < sum(conflicts) < 12
 
 
-def test_resume_equals_uninterrupted(run, monkeypatch):
+def test_resume_equals_uninterrupted(run, again, monkeypatch):
     """Stopped in the middle of the loop, then --resume: the same model to the bit."""
-    (path,) = (run.folder / "c").rglob(f"{NAME}-seed0.pt")
-    whole = torch.load(path, weights_only=True)["model"]
     real, calls = L.iteration, []
 
     def stop(*args):
@@ -652,165 +601,128 @@ def test_resume_equals_uninterrupted(run, monkeypatch):
 
     monkeypatch.setattr(L, "iteration", stop)
     with pytest.raises(KeyboardInterrupt):
-        again(run)
-    monkeypatch.setattr(L, "iteration", real)
-    assert path.with_suffix(".partial.pt").is_file()
-    result = again(run, "--resume")
-    assert result["log"] == run.result["log"] and not path.with_suffix(".partial.pt").exists()
-    assert all(torch.equal(t, whole[k]) for k, t in torch.load(path, weights_only=True)["model"].items())
+        again("--name", "resumed")
+    (partial_file,) = run.folder.rglob("ltu-resumed-seed0.partial.pt")
+    result = again("--name", "resumed", "--resume")
+    assert len(calls) < 8 + 12 and not partial_file.exists()
+    assert result["log"] == run.result["log"]
+    assert equal(saved_model(run.folder, "ltu-resumed"), saved_model(run.folder))
 
 
 def test_beta_falls_to_0_along_a_cosine(digits, monkeypatch):
-    """With a gradient of ones, every weight has moved by the sum of the steps; and the given model has not moved."""
-    torch.manual_seed(0)
-    model = common.build_model("toy_resnet", 10, 8).eval()
-    before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(L, "iteration", lambda student, theta, *_: ([torch.ones_like(p) for p in theta.values()], {"tune": 1.0}))
-    args = argparse.Namespace(**vars(digits.args) | {"iterations": 5, "beta": 0.2})
-    student, _, _ = L.unlearn(model, digits.data, digits.split, digits.seen, None, args)
+    """A gradient of ones moves every weight by the sum of the steps, on a copy of the model."""
+    before = copy.deepcopy(digits.model.state_dict())
+    ones = [torch.ones_like(p) for p in digits.model.parameters()]
+    monkeypatch.setattr(L, "iteration", lambda *_: (ones, {"tune": 1.0}))
+    args = Namespace(**vars(digits.args) | {"iterations": 5, "beta": 0.2})
+    student, _, _ = L.unlearn(digits.model, digits.data, digits.split, digits.seen, None, args)
     total = sum(0.2 * (1 + np.cos(np.pi * t / 5)) / 2 for t in range(5))
     for name, p in student.named_parameters():
         assert torch.allclose(p, before[name] - total, atol=1e-5), name
-    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    assert equal(digits.model.state_dict(), before)
 
 
-def test_a_diverged_step_stops_and_keeps_the_last_good_model(run, monkeypatch, capsys):
-    real, calls, states = L.iteration, [], []
+def test_a_diverged_step_stops_and_keeps_the_last_good_model(run, again, monkeypatch, capsys):
+    real, states = L.iteration, []
 
     def poison(student, *args):
         gradient, told = real(student, *args)
-        calls.append(1)
-        if len(calls) == 3:
-            states.append({k: t.clone() for k, t in student.state_dict().items()})
-        return ([g * float("nan") for g in gradient] if len(calls) == 4 else gradient), told
+        states.append(copy.deepcopy(student.state_dict()))
+        return [g * float("nan") for g in gradient] if len(states) == 4 else gradient, told
 
     monkeypatch.setattr(L, "iteration", poison)
-    with pytest.raises(SystemExit) as stop:
-        again(run, "--beta", "0.02")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message.splitlines()) == 1 and "iteration 4" in message
-    (path,) = (run.folder / "c").rglob("ltu-alpha=0.3-beta=0.02-iterations=12-seed0.partial.pt")
-    saved = torch.load(path, weights_only=True)
-    assert saved["iteration"] == 2 and all(torch.isfinite(t.float()).all() for t in saved["model"].values())
-    assert torch.equal(
-        saved["model"]["net.bn1.running_mean"], states[0]["net.bn1.running_mean"]
-    )  # the third query pass's, not the fourth's
-    assert not torch.equal(saved["model"]["net.bn1.weight"], states[0]["net.bn1.weight"])  # after the third update
-    assert not list((run.folder / "o").rglob("*beta=0.02*"))
+    refused(capsys, "iteration 4 diverged", again, "--name", "poisoned")
+    (path,) = run.folder.rglob("ltu-poisoned-seed0.partial.pt")
+    saved, third = torch.load(path, weights_only=True), states[2]
+    assert saved["iteration"] == 2
+    assert all(torch.isfinite(t.float()).all() for t in saved["model"].values())
+    # Statistics of the third query pass, not the fourth's; weights after the third update.
+    mean, weight = "net.bn1.running_mean", "net.bn1.weight"
+    assert torch.equal(saved["model"][mean], third[mean])
+    assert not torch.equal(saved["model"][weight], third[weight])
+    assert not list(run.folder.rglob("*poisoned*.json"))
 
 
-def test_a_step_that_explodes_is_caught_at_once(run, capsys):
-    """A finite gradient, an update far too large: stopped by the weights, or by the next losses."""
-    with pytest.raises(SystemExit) as stop:
-        again(run, "--beta", "1000", "--iterations", "3")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message.splitlines()) == 1 and "diverged" in message and "--beta" in message
+def test_a_step_that_explodes_is_caught_at_once(again, capsys):
+    """A finite gradient, an update far too large: stopped by the weights, or the next losses."""
+    flags = ["--beta", "1000", "--iterations", "3", "--name", "exploded"]
+    assert "diverged" in refused(capsys, "lower --beta (1000.0)", again, *flags)
 
 
-def test_class_forgetting_run(digits, tmp_path):
-    """The class is gone from D_r, D_v and D_te; the gold model does not know its test images, and neither should LTU."""
-    extra = [
-        "--forget",
-        "class",
-        "--forget-classes",
-        "3",
-        "--label-noise",
-        "0",
-        "--epochs",
-        "12",
-        "--iterations",
-        "8",
-        "--alpha",
-        "0.3",
-        "--beta",
-        "0.03",
-    ]
-    result = L.main(["--device", "cpu", *flags_of(tmp_path), *extra])
+def test_class_forgetting_run(tmp_path):
+    """Neither the gold model nor LTU should know test images of a class that is gone."""
+    flags = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0"]
+    flags += ["--epochs", "5", "--iterations", "8", "--alpha", "0.3", "--beta", "0.03"]
+    result = L.main([*places(tmp_path), *flags])
     assert result["setting"] == "class3-split0" and result["validation_gap"] is None
-    gold, original = (result["metrics"][row]["test_forgotten"]["score"] for row in ("retrained", "original"))
-    assert gold == 0 and original > 0.9
-    assert result["metrics"]["unlearned"]["test_forgotten"]["score"] < original
-    assert result["figures"]["retrained"]["ua"] == 1
+    rows = result["metrics"]
+    known = {name: row["test_forgotten"]["score"] for name, row in rows.items()}
+    assert known["retrained"] == 0 and known["unlearned"] < known["original"] > 0.9
+    assert E.paper_figures(rows["retrained"])["ua"] == 1 and "wrong" not in rows["unlearned"]
 
 
-def test_mi_models_are_not_thrown_by_a_class_they_never_saw(digits):
-    """Labels go in as 0 and 1: standardised, a class that only D_f has would weigh a thousand times as much."""
-    kept = np.flatnonzero(digits.data["targets"].numpy() != 3)
-    split = {"val": kept[:100].tolist()}
-    torch.manual_seed(0)
-    model = common.build_model("toy_resnet", 10, 8).eval()
-    attacks, _ = L.mi_models(model, digits.data, split, kept[100:300].tolist(), digits.args)
-    logits = torch.zeros(4, 10)
-    for attack in attacks:
-        assert (attack(logits, torch.full((4,), 3)) - attack(logits, torch.full((4,), 4))).abs().max() < 20
-
-
-def test_attributes_and_identities_too(flags, tmp_path):
-    """--dataset with identities: UA and ToW both, from a multi-label model without batch norm."""
-    result = L.main(
-        [*[f for f in flags if f not in ("--meta-epochs", "2", "--hidden", "16")], "--iterations", "2", "--support-size", "8", "--plot"]
-    )
+def test_attributes_and_identities_too(flags, tmp_path, capsys):
+    """Identities to forget: mAP and ToW of a multi-label model without batch norm, and no MI."""
+    result = L.main([*flags, "--iterations", "2", "--support-size", "8", "--plot"])
     assert result["setting"] == "ids4-split0" and result["metric"] == "mAP"
-    assert 0 < result["tow"] <= 1 and 0 <= result["ua"] <= 1 and result["wrong_by_label"] is None
+    assert not any({"mi", "wrong"} & set(row) for row in result["metrics"].values())
+    assert 0 < E.compare(result["metrics"])["unlearned"]["tow"] <= 1
+    assert np.isfinite(result["validation_gap"]["mean"])
+    printed = capsys.readouterr().out
+    assert "mAP x 100" in printed and "UA (gap)" not in printed
     assert len(list(tmp_path.rglob("*.png"))) == 1
 
 
 def test_dry_run_takes_every_phase_and_is_kept_apart(tmp_path):
-    result = L.main(["--dry-run", "--device", "cpu", *flags_of(tmp_path)])
+    result = L.main(["--dry-run", *places(tmp_path), "--save", str(tmp_path / "mine.pt")])
     assert result["setting"].endswith("-dry") and len(result["log"]) == 2
+    saved = torch.load(tmp_path / "mine.pt", weights_only=True)
+    assert saved["which"] == "unlearned" and saved["split"] == result["split_hash"]
 
 
-BAD = {
-    "--rho 0": "--rho",
-    "--rho 1.5": "--rho",
-    "--rho nan": "--rho",
+OUT_OF_RANGE = "rho 0, rho 1.5, rho nan, mi-models 1, alpha 0, beta -1, iterations 0, "
+OUT_OF_RANGE += "support-size 1, forget-ratio 1, label-noise 0.95, name a/b"
+BAD = {f"--{flag}": f"argument --{flag.split()[0]}: " for flag in OUT_OF_RANGE.split(", ")}
+BAD |= {
     "--rho 0.0001": "--rho 0.0001 leaves",
-    "--mi-models 1": "two are needed",
-    "--alpha 0": "--alpha is 0",
-    "--beta -1": "--beta is -1",
-    "--forget-ratio 1": "--forget-ratio",
     "--forget-ratio 0.99": "leaves none of class",
-    "--forget-ratio 0.8 --batch-size 512": "fewer than a batch",
     "--forget class": "needs --forget-classes",
     "--held-out": "--held-out goes with --forget identities",
-    "--forget class --forget-classes 10 --label-noise 0": "absent: [10]",
-    "--forget class --forget-classes 0 1 2 3 4 5 6 7 8 9 --label-noise 0": "one must stay",
+    "--label-noise 0 --forget class --forget-classes 10": "absent: [10]",
+    "--label-noise 0 --forget class --forget-classes 0 1 2 3 4 5 6 7 8 9": "one must stay",
+    "--label-noise 0 --forget subclass --forget-classes 1": "super-classes",
     "--forget class --forget-classes 1": "--label-noise 0",
-    "--forget subclass --forget-classes 1 --label-noise 0": "super-classes",
     "--forget-classes 3": "--forget random",
     "--ids 3": "--forget identities",
     "--forget identities": "no identities",
     "--no-forfeed --no-remfeed": "nothing to do",
     "--no-forfeed --combine add": "--combine add",
     "--train-images 60": "fewer than a batch",
+    "--forget-ratio 0.8 --batch-size 512 --epochs 1": "gold: ",
     "--train-images 8": "has no training image",
-    "--label-noise 0.95": "--label-noise",
     "--save .": "is a folder",
     "--init pretrained": "no pretrained weights",
 }
 
 
 @pytest.mark.parametrize("extra", BAD)
-def test_bad_input_gets_one_line(digits, extra, capsys):
-    with pytest.raises(SystemExit) as stop:
-        L.main(["--device", "cpu", *flags_of(digits.folder), *extra.split()])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message.splitlines()) == 1 and message.startswith("error: ") and BAD[extra] in message, message
-    assert not (digits.folder / "o").exists() or not list((digits.folder / "o").rglob("*.json"))
+def test_bad_input_gets_one_line_before_anything_is_trained(extra, tmp_path, capsys):
+    refused(capsys, BAD[extra], L.main, [*places(tmp_path), *extra.split()])
+    written = {path.name for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json")}
+    assert written <= ({"original-seed0.pt"} if "--epochs" in extra else set())
 
 
 def test_goal_of_the_validation_gap_needs_neither_gold_nor_test(digits):
-    """The untouched model misses exactly in UA and MI: its D_f is known, its D_v is not."""
-    torch.manual_seed(0)
-    model = common.build_model("toy_resnet", 10, 8).eval()
-    gap = L.validation_gap(model, model, digits.data, digits.split, digits.seen, digits.args)
+    """The untouched model misses in UA and MI alone: its D_f is known, its D_v is not."""
+    split = {name: digits.split[name] for name in ("forget", "val")}
+    given = digits.model, digits.model, digits.data
+    gap = E.validation_gap(*given, split, digits.seen, digits.args)
     assert gap["ra"] == gap["ta"] == 0
-    same = dict(digits.split, forget=digits.split["val"])
-    assert L.validation_gap(model, model, digits.data, same, digits.seen, digits.args)["mean"] == 0
+    split["forget"] = split["val"]
+    assert E.validation_gap(*given, split, digits.seen, digits.args)["mean"] == 0
 
 
 def test_args_do_not_leak_into_each_other():
-    assert L.parse_args(["--dataset", "cifar10"]).model == "resnet18"
-    args = L.parse_args(["--rho", "0.3"])
-    assert isinstance(args, argparse.Namespace) and args.dataset == "digits" and args.label_noise == 0.1 and args.method == "ltu"
-    assert L.parse_args(["--alpha", "0.4"]).method == "ltu-alpha=0.4"
+    cifar, args = L.parse_args(["--dataset", "cifar10"]), L.parse_args(["--rho", "0.3"])
+    assert (cifar.model, cifar.iterations) == ("resnet18", 160) and L.label_of(args) == "LTU"
+    assert (args.dataset, args.label_noise, args.iterations) == ("digits", 0.1, 60)

@@ -1,12 +1,15 @@
-"""README and --help: commands are accepted, flags explained, tables printed by evaluate.py, equations where README says they are.
+"""README and results/: commands are accepted, equations stand where README says, tables and runs agree.
 
 python -m pytest tests/test_readme.py
-python tests/test_readme.py       # writes README's tables and line numbers anew
+python tests/test_readme.py       # writes the tables of README.md and results/README.md anew
 """
 
+import ast
 import contextlib
+import fnmatch
 import importlib
 import io
+import os
 import pathlib
 import re
 import shlex
@@ -19,12 +22,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # when run as a script
 SCRIPTS = ["data", "train", "metaunlearn", "ltu", "baselines", "evaluate"]
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
+TABLE = re.compile(r"(<!-- python evaluate\.py (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def commands(text):
     """(script, arguments) of each `python script.py ...` in code blocks, inline code and docstrings."""
     for line in re.findall(r"(?:python|nproc-per-node \d) (\w+\.py[^\n`|]*)", text):
-        script, *arguments = shlex.split(re.split("&&|-->", line)[0], comments=True)
+        script, *arguments = shlex.split(re.split("&&|-->|;", line)[0], comments=True)
         if arguments != ["--help"]:
             yield script.removesuffix(".py"), arguments
 
@@ -37,123 +41,160 @@ def documented():
 
 
 def test_the_readme_is_read():
-    assert ("metaunlearn", ["--dataset", "celebahq", "--ids", "20"]) in documented() and len(documented()) > 10
+    assert ("metaunlearn", ["--dataset", "celebahq", "--ids", "20"]) in documented()
+    assert ("ltu", ["--rho", "0.3"]) in documented() and len(documented()) > 20
 
 
-@pytest.mark.parametrize("script, arguments", documented(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def name_of(case):
+    return case if isinstance(case, str) else " ".join(case)
+
+
+@pytest.mark.parametrize("script, arguments", documented(), ids=name_of)
 def test_documented_command_is_accepted(script, arguments):
-    module = importlib.import_module(script)
-    args = module.parse_args(arguments)
-    if "--dataset" in arguments and script not in ("data", "evaluate"):
-        own = {"toyfaces": 32, "digits": 8, "cifar10": 32, "tinyimagenet": 64}.get(args.dataset, 224)
-        assert args.image_size == (int(arguments[arguments.index("--image-size") + 1]) if "--image-size" in arguments else own)
+    args = importlib.import_module(script).parse_args(arguments)
+    if "--dataset" in arguments and "--image-size" not in arguments:
+        own = {"toyfaces": 32, "digits": 8, "cifar10": 32, "tinyimagenet": 64}
+        assert args.image_size == own.get(args.dataset, 224)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_flag(script):
-    """--help works from the shell, names every flag, and no two flags of a script share a text."""
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-    flags = re.findall(r"^  (--[a-z-]+)(.*(?:\n {20,}.*)*)", done.stdout, re.M)
-    shared = {"--dataset", "--device", "--data-dir"} | (set() if script == "evaluate" else {"--seed", "--split-seed", "--ids"})
-    assert shared <= {name for name, _ in flags}
-    texts = [" ".join(text.split()) for _, text in flags]
-    assert all(len(text) > 15 for text in texts) and len(set(texts)) == len(texts)
+# --------------------------------------------------------------------------------------------------
+# Where the equations are
 
 
-def test_presets_win_over_defaults_and_flags_over_presets():
-    import metaunlearn
-
-    args = metaunlearn.parse_args(["--dataset", "celebahq", "--preset", "code", "--eta", "0.2"])
-    assert (args.model, args.init, args.image_size, args.epochs, args.lr, args.weight_decay) == (
-        "vit_base_patch16_224",
-        "pretrained",
-        224,
-        30,
-        1e-3,
-        1e-3,
-    )
-    assert (args.hidden, args.dropout, args.alpha, args.meta_epochs, args.pair_size, args.distance) == (512, 0.5, 1e-4, 3, 64, "smooth_l1")
-    assert args.eta == 0.2 and args.method == "metaunlearn-code-eta=0.2"
-    assert metaunlearn.parse_args(["--dataset", "celeba"]).weight_decay == 1e-4
+def functions_of(module):
+    """{name: its source} of the functions and methods of a module, inner ones included."""
+    text = (ROOT / f"{module}.py").read_text()
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    lines = text.splitlines()
+    return {n.name: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes}
 
 
-def test_no_line_hides_a_cuda_only_path_or_an_unsafe_load():
-    """What the field's code is full of: .cuda(), bare except, pickles that run code, torchvision at the top of a file."""
-    for script in [*SCRIPTS, "common"]:
-        text = (ROOT / f"{script}.py").read_text()
-        assert not re.search(r"\.cuda\(|except:|import \*|weights_only=False", text), script
-        assert not re.search(r"^(import|from) (torchvision|timm|matplotlib|sklearn)", text, re.M), script
+def equation_map():
+    """(module, function, tags) of each cell of README's map, as `Eq. (5)` or `line 16`."""
+    for line in re.findall(r"^\| .*Eq\. .*\|$|^\| .*Alg\. 1.*\|$", PAGES[0].read_text(), re.M):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for tags, places in zip(cells[::2], cells[1::2], strict=True):
+            numbers = [f"Eq. ({n})" for n in re.findall(r"\((\d+)\)", tags)]
+            wanted = numbers + re.findall(r"line \d+", tags)
+            yield wanted, [place.split(".") for place in re.findall(r"`(\w+\.\w+)`", places)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What README says of the code and of results/
+def test_equations_are_where_readme_says():
+    rows = list(equation_map())
+    assert len(rows) == 16
+    for tags, places in rows:
+        source = "\n".join(functions_of(module)[function] for module, function in places)
+        for tag in tags:
+            assert tag in source, (tag, places)
 
-EQUATION = re.compile(r"^(\| (.+?) \| .+? \| `(\w+\.py):)(\d+)(` \|)$", re.M)
-TABLE = re.compile(r"(<!-- python evaluate\.py (.+?) -->\n)(.*?)(<!-- end -->)", re.S)
+
+def test_every_tagged_equation_is_in_readme():
+    listed = [place for _, places in equation_map() for place in places]
+    for module in ("metaunlearn", "ltu", "baselines", "common"):
+        own = "\n".join(functions_of(m)[f] for m, f in listed if m == module)
+        for line in (ROOT / f"{module}.py").read_text().splitlines():
+            if re.search(r"# ([A-Z]\w+ )*Eq\. \(", line):
+                assert line.strip() in own, f"{module}.py: {line.strip()} is not in README's map"
 
 
-def tagged_lines(name: str, file: str) -> list[int]:
-    """Line numbers of a file whose comment or docstring begins with this equation; a method's own file leaves the method's name out."""
-    tag = name.removeprefix("LTU ").removeprefix("METAUNLEARN ")
-    lines = (ROOT / file).read_text().splitlines()
-    return [n for n, line in enumerate(lines, 1) if re.search(rf'(# |""" ?){re.escape(tag)}', line)]
+# --------------------------------------------------------------------------------------------------
+# Tables, and the scripts that made the runs
 
 
 def printed(arguments: str) -> str:
-    """What evaluate.py prints from results/ for a marker: titles and tables, without its hints."""
+    """What evaluate.py prints for a marker: titles and tables, without its hints."""
     import evaluate
 
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        evaluate.main([*shlex.split(arguments), "--markdown", "--out", str(ROOT / "results")])
+    out, here = io.StringIO(), os.getcwd()
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out):
+            evaluate.main([*shlex.split(arguments), "--markdown"])
+    finally:
+        os.chdir(here)
     kept = []
     for line in out.getvalue().splitlines():
         if line.startswith("|"):
             kept.append(line)
         elif re.match(r"(mu|ltu)[\w-]*, |membership inference, ", line):
             kept += ["", f"**{line}**", ""]
-    return "\n".join(kept) + "\n\n"
+    return "\n".join(kept[1:]) + "\n"
 
 
-def test_equations_are_where_readme_says():
-    rows = EQUATION.findall((ROOT / "README.md").read_text())
-    assert len(rows) > 25
-    for _, name, file, number, _ in rows:
-        assert tagged_lines(name, file) == [int(number)], f"{name}: README says line {number} of {file}; run python tests/test_readme.py"
-
-
-def test_every_tagged_equation_is_in_readme():
-    listed = {(file, int(number)) for _, _, file, number, _ in EQUATION.findall((ROOT / "README.md").read_text())}
-    for file in ("metaunlearn.py", "ltu.py", "baselines.py"):
-        for n, line in enumerate((ROOT / file).read_text().splitlines(), 1):
-            if re.search(r"# ([A-Z]\w+ )*Eq\. \(", line):
-                assert (file, n) in listed, f"{file}:{n} is tagged and not in README's table: {line.strip()}"
-
-
-def test_the_access_table_is_what_the_baselines_get():
-    import baselines
-    import evaluate
-
-    text = (ROOT / "README.md").read_text().split("**What each method may touch**")[1]
-    rows = {name: cells for name, *cells in re.findall(r"^\| ([\w ()]+) \| (`.*?`.*?) \| (`.*?`.*?) \|$", text, re.M)}
-    for label, script, own in evaluate.PLAN["ltu1"][1]:
-        if script == "baselines":
-            shown = rows["Bad Teacher" if label == "BadT" else label]
-            for cell, dataset in zip(shown, ("digits", "toyfaces"), strict=True):
-                args = baselines.parse_args([*own.split(), "--dataset", dataset])
-                assert re.findall(r"`(\w+)`", cell) == baselines.allowed_names(own.split()[1], args), (label, dataset)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tables_are_what_evaluate_prints(page):
     tables = TABLE.findall(page.read_text())
     assert tables
     for _, arguments, text, _ in tables:
-        assert text == printed(arguments), f"{arguments}: README's table is not that of results/; run python tests/test_readme.py"
+        message = f"{arguments}: not the table of results/; run python tests/test_readme.py"
+        assert text == printed(arguments), message
+
+
+def test_pages_are_short():
+    assert PAGES[0].stat().st_size <= 14_000 and PAGES[1].stat().st_size <= 25_000
+
+
+def calls_of(script: pathlib.Path, folder: pathlib.Path) -> list[list[str]]:
+    """The argument lists of all `python` calls of a shell script, which are recorded, not run."""
+    log, fake = folder / "log", folder / "python"
+    fake.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {log}\necho >> {log}\n')
+    fake.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    subprocess.run(["bash", script], check=True, env=os.environ | {"PATH": path})
+    return [shlex.split(line) for line in log.read_text().splitlines()]
+
+
+def runs_of(calls: list[list[str]]) -> tuple[dict, dict]:
+    """({path of a run file: its flags}, {packed file: folders}) of these calls."""
+    import baselines
+    import evaluate
+    import ltu
+    import metaunlearn
+
+    made, packed = {}, {}
+    for script, *arguments in calls:
+        module = importlib.import_module(script.removesuffix(".py"))
+        args = module.parse_args(arguments)
+        if module is evaluate:
+            if args.pack:
+                packed[args.pack] = args.results
+            elif args.attack:
+                made[evaluate.result_path("attack", args)] = {}
+            continue
+        names = {ltu: "ltu", metaunlearn: f"metaunlearn-{getattr(args, 'preset', '')}"}
+        for base in args.method if module is baselines else [names[module]]:
+            own = baselines.own_args(base, args) if module is baselines else args
+            path = evaluate.result_path(evaluate.run_name(base, args), args)
+            assert path not in made, f"two commands make {path}"
+            made[path] = evaluate.flags_of(own)
+    return made, packed
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "results").glob("*.sh")), ids=lambda p: p.name)
+def test_each_script_makes_the_runs_that_are_packed(script, tmp_path):
+    """The same names and split seeds, and the same flags but for what a search chose."""
+    import evaluate
+
+    made, packed = runs_of(calls_of(script, tmp_path))
+    assert packed
+    for target, folders in packed.items():
+        here = {}
+        for path, flags in made.items():
+            if any(fnmatch.fnmatch(str(path.parent), folder) for folder in folders):
+                split = int(re.search(r"split(\d+)", path.parent.name)[1])
+                here[re.sub(r"-seed\d+$", "", path.stem), split] = flags
+        _, runs = evaluate.read_results([ROOT / target])
+        assert {(run["name"], run["split_seed"]) for run in runs} == set(here), target
+        for run in runs:
+            # Which device ran it decides on amp; rho is nothing to a method that reads no D_r.
+            free = {"amp", *run.get("chosen", {})} | (
+                {"rho"} if "rho" not in run["name"] else set()
+            )
+            for flag, value in here[run["name"], run["split_seed"]].items():
+                same = flag in free or run["flags"].get(flag, value) == value
+                assert same, (target, run["name"], flag, run["flags"][flag], value)
 
 
 if __name__ == "__main__":
     for page in PAGES:
-        text = TABLE.sub(lambda m: m[1] + printed(m[2]) + m[4], page.read_text())
-        page.write_text(EQUATION.sub(lambda m: f"{m[1]}{tagged_lines(m[2], m[3])[0]}{m[5]}", text))
+        page.write_text(TABLE.sub(lambda m: m[1] + printed(m[2]) + m[4], page.read_text()))
