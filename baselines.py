@@ -8,8 +8,8 @@ Usage:
     python baselines.py --method retrain                    # a second gold model, as a method
 
 One function a method, (student, data, have, args, rng): student is a copy of the model in eval
-mode, changed in place; `have` holds the image indices that this method may touch, and nothing else
-(METHODS). Both protocols: random samples (cross entropy) and identities (binary cross entropy of
+mode, changed in place; `have` holds the image indices that this method may touch (METHODS), and
+`stored`, what it keeps between the tries of a search. Both protocols: random samples (cross entropy) and identities (binary cross entropy of
 each attribute), where SSD, PGU, JiT and, by us, GA and Influence have the Support set in place of
 D_f, as METAUNLEARN's Table 1 has them (--all-pictures: D_f). Multi-label versions are principled: a
 Bernoulli for each attribute, where published code takes a softmax over attributes.
@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import itertools
+import math
 import pathlib
 import time
 
@@ -38,6 +39,7 @@ from common import (
     autocast,
     build_model,
     fail,
+    flag_name,
     generator,
     kl_divergence,
     rank_and_world,
@@ -68,7 +70,7 @@ JIT_NOISES = 25  # JiT: N, noisy copies of each image; paper
 
 
 def batches(indices: Tensor, size: int, rng: torch.Generator):
-    """indices in random order, `size` at a time; the last batch may be smaller."""
+    """The indices in random order, `size` at a time; the last batch may be smaller."""
     return indices[torch.randperm(len(indices), generator=rng)].split(size)
 
 
@@ -90,7 +92,7 @@ def loss_of(model, data, batch, args, rng=None, labels=None) -> Tensor:
 
 
 def distillation(teacher: Tensor, student: Tensor, data, args) -> Tensor:
-    """KL(teacher || student) of logits (B, K) at --temperature, averaged over the batch."""
+    """T^2 KL(teacher || student) of logits (B, K), T = --temperature, averaged over the batch."""
     return kl_divergence(teacher, student, data["targets"].ndim == 2, args.temperature).mean()
 
 
@@ -120,9 +122,10 @@ def stored(have, key, compute):
 
 
 def kept_data(have, args) -> Tensor:
-    """The images of D to be kept: D without D_f; with identities D, for S was never in it.
+    """The images of D to be kept: D without D_f; with identities all of D.
 
-    With --all-pictures D_f is in it, and is kept too.
+    METAUNLEARN's S was never in D. With --all-pictures D_f is, and stays in these statistics, which
+    were stored before anybody asked to be forgotten.
     """
     D = have["statistics"]
     return D if args.forget == "identities" else D[~torch.isin(D, have["forget"])]
@@ -174,10 +177,10 @@ def randl(student, data, have, args, rng, mask=None):
 def ga(student, data, have, args, rng):
     """GA: gradient ascent on D_f; with the Support set and one step, METAUNLEARN's bar.
 
-    Source: SalUn's GA. Ours, against its code: batch norm in eval mode, for forget batches
-    overwrite its running statistics in train mode; plain SGD, for weight decay shrinks the model
-    beside ascending; images as they are, not augmented. The loss has no upper bound: only a narrow
-    band of lr works.
+    Source: SalUn's GA. Ours, against its code: batch norm in eval mode, because
+    forget batches would overwrite its running statistics in train mode; plain SGD, because weight
+    decay would shrink the model beside ascending; images as they are, not augmented. The loss has
+    no upper bound: only a narrow band of lr works.
     """
     optimizer = torch.optim.SGD(student.parameters(), args.unlearn_lr)
     for _ in epochs(args):
@@ -243,8 +246,8 @@ def ssd(student, data, have, args, rng):
     the squared gradient of the batch's mean loss, so it depends on the batch size (2.1 at 20, 0.1
     at 400, measured): both sets use the same one here, ragged batches are left out, and D is read
     as D \\ D_f, then D_f, never mixed. So I_D = p I_f + (1 - p) I_r, and nothing can be selected
-    once alpha p >= 1. Identities: I_D is a stored statistic, I_f comes from S, which is no part of
-    D.
+    once alpha p >= 1. Identities: I_D is a statistic that was stored before the request, and I_f
+    comes from S, which is no part of D (with --all-pictures from D_f, which is).
     """
     size, D = min(args.unlearn_batch_size, len(have["forget"])), have["statistics"]
     inside = torch.isin(D, have["forget"]) & (args.forget != "identities")
@@ -271,8 +274,7 @@ def ssd(student, data, have, args, rng):
 
 def importance(model, data, parts, size, args) -> list[Tensor]:
     """Mean over whole batches of `size` images, part by part, of the loss's squared gradient."""
-    whole = [part[: len(part) // size * size].split(size) for part in parts if len(part) >= size]
-    whole = list(itertools.chain(*whole))
+    whole = [batch for part in parts for batch in part.split(size) if len(batch) == size]
     total = [torch.zeros_like(p) for p in model.parameters()]
     for batch in whole:
         gradient = torch.autograd.grad(loss_of(model, data, batch, args), list(model.parameters()))
@@ -500,10 +502,12 @@ def retrain(student, data, have, args, rng):
     """A second gold model, of seed + 1000: the best that any method can be expected to reach.
 
     It shares nothing with the first but the data. Trained as train.py trains, and kept beside the
-    first.
+    first. Returns the seconds of its training, which may have been in an earlier run.
     """
     own = argparse.Namespace(**vars(args) | {"seed": args.seed + 1000})
-    student.load_state_dict(train("gold", data, have["split"], own)[0].state_dict())
+    second_gold, seconds = train("gold", data, have["split"], own)
+    student.load_state_dict(second_gold.state_dict())
+    return seconds
 
 
 # --------------------------------------------------------------------------------------------------
@@ -574,22 +578,17 @@ def _matrix_shape(p: Tensor) -> tuple[int, int]:
     return rows, p.numel() // rows
 
 
-def natural(F: dict, gradient: dict, damping: float) -> dict:
+def natural(fisher: dict, gradient: dict, damping: float) -> dict:
     """(F + damping)^-1 gradient, {name: tensor}, with F as curvature gives it."""
     out = {}
     for k, g in gradient.items():
-        U_out, U_in, second = F[k]
+        U_out, U_in, second = fisher[k]
         turned = (U_out.T @ g.reshape(second.shape) @ U_in) / (second + damping)
         out[k] = (U_out @ turned @ U_in.T).view_as(g)
     return out
 
 
 # --------------------------------------------------------------------------------------------------
-# One record a method: its function, its label, the sets that it may touch, its flags with their
-# values, what --search tries, and `on`, the values of a data set or protocol, which stand over the
-# others. The plain values are what --search chose most often on five seeds of the digits, rho 0.3;
-# toyfaces: on five splits; celeba, celebahq: METAUNLEARN's authors' code; cifar10: SalUn's and
-# SCRUB's code.
 
 
 def steps(lr=None, epochs=None, batch_size=None, optimizer=None) -> dict:
@@ -601,6 +600,11 @@ def steps(lr=None, epochs=None, batch_size=None, optimizer=None) -> dict:
 
 FORGET, RETAIN, BOTH = ("forget",), ("retain",), ("forget", "retain")
 STORED = ("forget", "statistics")
+# One record a method: its function, its label, the sets that it may touch, its flags with their
+# values, what --search tries, and `on`, the values of a data set or protocol, which stand over the
+# others. The plain values are what --search chose most often on five seeds of the digits, rho 0.3;
+# toyfaces: on five splits; celeba, celebahq: METAUNLEARN's authors' code; cifar10: SalUn's and
+# SCRUB's code. A method's place is part of its random seed: add new ones at the end.
 # fmt: off
 METHODS = {
     "ft": dict(
@@ -727,18 +731,17 @@ def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float]:
     rng = generator(args.seed, args.split_seed, list(METHODS).index(method), 9)
     have = {name: sets[source] for name, source in access(method, args).items()}
     some = next(iter(have.values()))[:64]
-    have |= {"stored": sets.get("stored", {}), "split": sets.get("split")}
-    METHODS[method]["run"](student, data, have, args, rng)
+    have["stored"] = sets.get("stored", {})
+    if method == "retrain":
+        have["split"] = sets["split"]
+    took = METHODS[method]["run"](student, data, have, args, rng)
     finite = all(torch.isfinite(p).all() for p in student.parameters())
     if not finite or not torch.isfinite(predict(student.eval(), data, some)).all():
         searched = METHODS[method]["grid"]
         own = ", ".join(f"{flag_name(flag)} {getattr(args, flag):g}" for flag in searched)
         raise FloatingPointError(f"{method} diverged; lower its step ({own})")
-    return student.eval().requires_grad_(False), time.time() - begin
-
-
-def flag_name(flag: str) -> str:
-    return f"--{flag.replace('_', '-')}"
+    took = time.time() - begin if took is None else took
+    return student.eval().requires_grad_(False), took
 
 
 def sets_of(split: dict, args) -> dict:
@@ -789,7 +792,7 @@ def search(method: str, model, data, split, sets, args, problems=None) -> tuple[
         tried[-1]["distance"] = found
         shown = "diverged" if found is None else f"distance {100 * found:.2f}"
         say(f"{method} search: {said}: {shown}")
-    best = min(tried, key=lambda t: 2.0 if t["distance"] is None else t["distance"])
+    best = min(tried, key=lambda t: math.inf if t["distance"] is None else t["distance"])
     return {name: best[name] for name in grid}, tried
 
 
@@ -821,7 +824,7 @@ def run_and_report(method, model, both, data, split, sets, seconds, args, flags)
     both: the measured rows of the original and the gold model. flags: as evaluate.flags_of.
     """
     chosen, more = {}, {}
-    if args.search:
+    if args.search and METHODS[method]["grid"]:
         chosen, tried = search(method, model, data, split, sets, args)
         more = {"search": tried, "chosen": chosen}
     try:
@@ -836,8 +839,9 @@ def run_and_report(method, model, both, data, split, sets, seconds, args, flags)
     share = f"retain (rho {args.rho:g})"
     reads = [share if name == "retain" else name for name in access(method, args).values()]
     sources = {"unlearning": ["retain"] if method == "retrain" else reads}
-    if args.search:
-        sources["choosing flags"] = ["forget", share, "val"]
+    if more:
+        of_D_r = "retain" if args.forget == "identities" else share
+        sources["choosing flags"] = ["forget", of_D_r, "val"]
     say(f"{method}: {took:.1f} s")
     name = evaluate.run_name(method, args)
     return evaluate.report(name, student, rows, seconds, sources, flags, data, split, args, **more)
@@ -852,7 +856,7 @@ def parse_args(argv=None):
     table += [
         (f"{m}, {key}", own) for m, record in METHODS.items() for key, own in record["on"].items()
     ]
-    lines = [f"  {name:18s}" + ", ".join(f"{k} {v}" for k, v in own.items()) for name, own in table]
+    lines = [f"  {name:23s}" + ", ".join(f"{k} {v}" for k, v in own.items()) for name, own in table]
     lines = "\n".join(sorted(lines)).replace("_", "-")
     parser = common.Parser(description=f"{__doc__}\nValues of each method's flags:\n{lines}")
     add = parser.add_argument_group("baselines").add_argument
@@ -889,7 +893,7 @@ def parse_args(argv=None):
     parser.set_defaults(dataset="digits")
     args = common.parse_with_presets(parser, TRAINING_PRESETS, argv)
     if "all" in args.method:
-        args.method = [method for method in METHODS if method != "retrain"]
+        args.method = [m for m in METHODS if m != "retrain" or m in args.method]
     named, support = ", ".join(args.method), ", ".join(FORGET_IS_SUPPORT)
     if args.all_pictures and args.forget != "identities":
         fail(f"--all-pictures is about identities; --forget {args.forget} gives D_f to all methods")
@@ -897,6 +901,8 @@ def parse_args(argv=None):
         fail(f"--all-pictures is not used by {named}; it is about {support}")
     if args.search and args.forget in ("class", "subclass"):
         fail(f"--search judges by images of D_v like D_f's; --forget {args.forget} leaves none")
+    if args.search and args.method == ["retrain"]:
+        fail("--search: retrain has no flag of its own to search")
     if args.save and len(args.method) > 1:
         fail(f"--save is about one model; give --method one of {named}")
     used = set().union(*(METHODS[method]["flags"] for method in args.method))

@@ -33,6 +33,11 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def flag_name(flag: str) -> str:
+    """The flag as a person types it: unlearn_lr -> --unlearn-lr."""
+    return f"--{flag.replace('_', '-')}"
+
+
 def say(*words):
     """Print on the first process only (under torchrun every process runs the same script)."""
     if rank_and_world()[0] == 0:
@@ -57,9 +62,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     def _get_default_metavar_for_optional(self, action):
         return "X"
 
-    def _get_help_string(
-        self, action
-    ):  # of a switch, or of a flag without one, a default says nothing
+    def _get_help_string(self, action):
+        # The default of a switch, or of a flag that has none, says nothing.
         says_nothing = action.nargs == 0 or action.default in (None, "", [])
         return action.help if says_nothing else super()._get_help_string(action)
 
@@ -120,8 +124,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
 
 
 def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
-    """Parse argv with the defaults of its --dataset (and --preset); a flag on the command line
-    wins.
+    """Parse argv with the defaults of its --dataset and --preset; a flag on the line itself wins.
 
     presets maps a dataset, a preset, or a pair of both to {flag: value}. A first parser reads these
     two names alone, so --help stays complete and shows the values with which this dataset would
@@ -135,12 +138,9 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
         parser.set_defaults(**presets.get(key, {}))
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    for flag, needed in (
-        ("--ids", ("identities",)),
-        ("--held-out", ("identities",)),
-        ("--forget-ratio", ("random",)),
-        ("--forget-classes", ("class", "subclass")),
-    ):
+    goes_with = {"--ids": ["identities"], "--held-out": ["identities"]}
+    goes_with |= {"--forget-ratio": ["random"], "--forget-classes": ["class", "subclass"]}
+    for flag, needed in goes_with.items():
         if flag in given and args.forget not in needed:
             fail(f"{flag} goes with --forget {' or '.join(needed)}; this is --forget {args.forget}")
     if args.forget in ("class", "subclass"):
@@ -160,8 +160,10 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
 
 
 def choose_device(args) -> torch.device:
-    """Pick device and precision and say why; sets args.amp to a bool. Source: METAUNLEARN App. A
-    (bf16)."""
+    """Pick device and precision and say why; sets args.amp to a bool.
+
+    Source of bf16: METAUNLEARN App. A.
+    """
     name, why = args.device, "asked for by --device"
     if name == "auto" and torch.cuda.is_available():
         name, why = "cuda", "CUDA is available"
@@ -181,9 +183,8 @@ def choose_device(args) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         fail(f"--device {name} cannot be used here ({reason}); try --device cpu")
-    if (
-        args.amp is None
-    ):  # a CPU without bf16 units runs bf16 25 times slower than float32 (measured)
+    if args.amp is None:
+        # A CPU without bf16 units runs bf16 25 times slower than float32 (measured).
         args.amp = device.type == "cuda"
         reason = "the default on CUDA" if args.amp else "bf16 is the default on CUDA alone"
     else:
@@ -194,16 +195,14 @@ def choose_device(args) -> torch.device:
 
 
 def autocast(device: torch.device, on: bool):
-    """bf16 autocast without the weight cache, which would give stale casts to a second set of
-    parameters."""
+    """bf16 autocast without its weight cache, which is stale for a second set of parameters."""
     if on:
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator for one purpose, named by integers: resuming then needs no saved random
-    state."""
+    """A CPU generator for one purpose, named by integers, so that resuming needs no saved state."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
 
@@ -240,9 +239,9 @@ PATCH_OF_TOY_VIT = 8
 class Net(nn.Module):
     """A timm model that takes images in [0, 1] and gives (features, logits).
 
-    Shapes: images (B, 3, H, W) -> features (B, D), the pooled token after the last norm; logits (B,
-    K). It normalises images itself, so that a checkpoint cannot be used with another model's mean
-    and deviation.
+    Shapes: images (B, 3, H, W) -> features (B, D), the pooled token after the last norm, and
+    logits (B, K). It normalises images itself, so that a checkpoint cannot be used with another
+    model's mean and deviation.
     """
 
     def __init__(self, net: nn.Module, mean, std):
@@ -252,20 +251,17 @@ class Net(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.net.forward_features(
-            (images - self.mean) / self.std
-        )  # (B, T, D) or (B, D, H', W')
+        images = (images - self.mean) / self.std
+        tokens = self.net.forward_features(images)  # (B, T, D) or (B, D, H', W')
         features = self.net.forward_head(tokens, pre_logits=True)  # (B, D)
         head = self.net.get_classifier()
-        with torch.autocast(
-            images.device.type, enabled=False
-        ):  # bf16 logits tie, and mAP counts ties
+        # Not in bf16, in which logits tie: mAP counts ties.
+        with torch.autocast(images.device.type, enabled=False):
             return features, head(features.to(head.weight.dtype))  # (B, K)
 
 
 def build_model(name: str, outputs: int, image_size: int, init: str = "none", seed: int = 0) -> Net:
-    """Build a model from its constructor: always fresh, so a gold model can share nothing with the
-    original.
+    """Build a model from its constructor, so that a gold model shares nothing with the original.
 
     init: none, pretrained (timm's hub), or a weight file. Raises SystemExit(2) for an unknown name,
     size or file.
@@ -279,27 +275,22 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     weights = _read_weights(init) if init not in ("none", "pretrained") else None
     torch.manual_seed(seed)
     try:
-        net = (
-            _own_net(name, outputs, image_size, weights)
-            if own
-            else _timm_net(name, outputs, image_size, init, weights)
-        )
+        if own:
+            net = _own_net(name, outputs, image_size, weights)
+        else:
+            net = _timm_net(name, outputs, image_size, init, weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         fail(f"--model {name} --init {init} at {image_size} px cannot be built: {reason}")
     except (AssertionError, OSError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
-        hint = (
-            "give --init FILE or --init none"
-            if init == "pretrained"
-            else "its patch size must divide --image-size"
-        )
+        hint = "its patch size must divide --image-size"
+        hint = "give --init FILE or --init none" if init == "pretrained" else hint
         fail(f"--model {name} at {image_size} px cannot be built ({reason}); {hint}")
     if weights and not own:
         _check_that_weights_were_loaded(net, name, outputs, image_size, init, seed)
-    cfg = (
-        {} if own else net.pretrained_cfg
-    )  # images are scaled to [-1, 1]; SalUn has CIFAR's own mean
+    # Without a mean of their own, images are scaled to [-1, 1]; SalUn has CIFAR's mean.
+    cfg = {} if own else net.pretrained_cfg
     model = Net(net, cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
     try:
         with torch.no_grad():
@@ -316,16 +307,13 @@ def _own_net(name, outputs, image_size, weights):
 
     if name == "toy_vit":  # 0.21 M parameters: 32 px faces on two CPU cores in seconds
         shape = dict(embed_dim=64, depth=4, num_heads=4, num_classes=outputs)
-        net = timm.models.VisionTransformer(
-            img_size=image_size, patch_size=PATCH_OF_TOY_VIT, **shape
-        )
+        shape |= dict(img_size=image_size, patch_size=PATCH_OF_TOY_VIT)
+        net = timm.models.VisionTransformer(**shape)
     elif name == "toy_resnet":  # 0.08 M parameters, three stages of one block: for digits on a CPU
         block, stages = timm.models.resnet.BasicBlock, dict(layers=(1, 1, 1), channels=(16, 32, 64))
         net = timm.models.ResNet(block, num_classes=outputs, zero_init_last=False, **stages)
-        net.bn1, net.layer1 = (
-            nn.BatchNorm2d(16),
-            nn.Sequential(block(16, 16)),
-        )  # timm's stem has 64 channels
+        # timm's stem has 64 channels.
+        net.bn1, net.layer1 = nn.BatchNorm2d(16), nn.Sequential(block(16, 16))
         net.layer4 = nn.Identity()
         _cifar_stem(net, 16)
     else:
@@ -339,31 +327,29 @@ def _own_net(name, outputs, image_size, weights):
 def _timm_net(name, outputs, image_size, init, weights):
     import timm
 
-    size = {"img_size": image_size} if "vit" in name or "deit" in name else {}
-    overlay = {"pretrained_cfg_overlay": {"state_dict": weights}} if weights else {}
-    return timm.create_model(
-        name, pretrained=init != "none", num_classes=outputs, **size, **overlay
-    )
+    more = {"img_size": image_size} if "vit" in name or "deit" in name else {}
+    more |= {"pretrained_cfg_overlay": {"state_dict": weights}} if weights else {}
+    return timm.create_model(name, pretrained=init != "none", num_classes=outputs, **more)
 
 
 def _check_that_weights_were_loaded(net, name, outputs, image_size, init, seed):
-    """timm skips what it cannot match: a file of another architecture would load nothing, in
-    silence."""
+    """timm skips what it cannot match, so a file of another architecture would load nothing."""
     torch.manual_seed(seed)
     fresh, loaded = (
         _timm_net(name, outputs, image_size, "none", None).state_dict(),
         net.state_dict(),
     )
-    matrices = [
-        k for k, t in fresh.items() if t.ndim > 1
-    ]  # norms and biases start at 0 or 1 in any model
+    # Norms and biases start at 0 or 1 in any model; matrices tell.
+    matrices = [k for k, t in fresh.items() if t.ndim > 1]
     if sum(not torch.equal(loaded[k], fresh[k]) for k in matrices) < len(matrices) / 2:
         fail(f"--init {init} does not hold the weights of {name}")
 
 
 def _load_but_the_head(net, state: dict):
-    """Load weights, leaving out a classifier of another size, as timm does. Raises RuntimeError
-    where some miss."""
+    """Load weights, leaving out a classifier of another size, as timm does.
+
+    Raises RuntimeError where the file lacks a weight.
+    """
     head, own = [k for k, _ in net.get_classifier().named_parameters()], net.state_dict()
     in_head = {k for k in own if k.split(".")[0] in ("fc", "head") and k.split(".")[-1] in head}
     left_out = {k for k in in_head if own[k].shape != state.get(k, own[k]).shape}
@@ -374,8 +360,7 @@ def _load_but_the_head(net, state: dict):
 
 
 def _cifar_stem(net, channels: int):
-    """A first convolution of 3 x 3 and stride 1 without pooling keeps small images' pixels (SalUn's
-    ResNet-18)."""
+    """A first convolution of 3 x 3 and stride 1, and no pooling, as in SalUn's ResNet-18."""
     net.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     for module in net.modules():
@@ -407,8 +392,7 @@ def _read_weights(path: str) -> dict:
 
 
 def with_parameters(model, theta_u: dict):
-    """A copy of model with theta_u in place of its parameters; buffers and what theta_u lacks
-    stay."""
+    """A copy of model with the parameters in theta_u in place of its own; all else stays."""
     changed = copy.deepcopy(model)
     changed.load_state_dict(model.state_dict() | theta_u)
     return changed
@@ -419,8 +403,7 @@ def with_parameters(model, theta_u: dict):
 
 
 def task_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """L_task of each image: binary cross entropy averaged over K attributes, or cross entropy over
-    K classes.
+    """L_task of each image: binary cross entropy averaged over attributes, or cross entropy.
 
     Shapes: logits (B, K); targets (B, K) in {0, 1} or (B,) class numbers -> (B,), in nats.
     """
@@ -433,9 +416,8 @@ def task_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def kl_divergence(teacher: Tensor, student: Tensor, multilabel: bool, T: float = 1.0) -> Tensor:
     """T^2 KL(teacher || student) of each image at temperature T: (B, K), (B, K) -> (B,), in nats.
 
-    Over classes, or as a Bernoulli of each attribute, averaged over them as L_task is. Published
-    trap:
-    F.kl_div's default reduction also divides by the number of classes.
+    Over classes, or as a Bernoulli of each attribute, averaged over them as L_task is. A trap of
+    published code: F.kl_div's default reduction also divides by the number of classes.
     """
     teacher, student = teacher / T, student / T
     if multilabel:
@@ -448,31 +430,29 @@ def kl_divergence(teacher: Tensor, student: Tensor, multilabel: bool, T: float =
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """Average precision of each column: sum over distinct thresholds of (R_n - R_{n-1}) P_n, as
-    scikit-learn's.
+    """Average precision of each column: the sum over thresholds of (R_n - R_{n-1}) P_n.
 
-    Shapes: scores (N, K), targets (N, K) in {0, 1} -> (K,) in [0, 1]; NaN where a column has no
-    positive. Tied scores share one threshold, so the order of images cannot matter.
+    As scikit-learn's. Shapes: scores (N, K), targets (N, K) in {0, 1} -> (K,) in [0, 1]; NaN where
+    a column has no positive. Tied scores share one threshold, so the order of images cannot matter.
     """
     order = scores.argsort(dim=0, descending=True)
     sorted_scores, hits = scores.gather(0, order), targets.gather(0, order).double()  # (N, K)
     seen = torch.arange(1, len(scores) + 1, device=scores.device, dtype=torch.float64)[:, None]
     precision = hits.cumsum(0) / seen
-    # Only the last image of a run of ties is a threshold; the earlier ones take its precision:
-    # reach it from the end.
+    # Only the last image of a run of ties is a threshold, whose precision the earlier ones take.
     last_of_ties = torch.ones_like(hits, dtype=torch.bool)
     last_of_ties[:-1] = sorted_scores[1:] != sorted_scores[:-1]
     rows = torch.arange(len(scores), device=scores.device)[:, None]
     position = torch.where(last_of_ties, rows, len(scores))
-    threshold = (
-        position.flip(0).cummin(0).values.flip(0)
-    )  # (N, K): where each image's threshold stands
+    threshold = position.flip(0).cummin(0).values.flip(0)  # (N, K): row of each one's threshold
     return (hits * precision.gather(0, threshold)).sum(0) / hits.sum(0)
 
 
 def score(logits: Tensor, targets: Tensor) -> float:
-    """The task's score in [0, 1]: macro mAP over attributes that have a positive (0 if none), or
-    top-1 accuracy."""
+    """The task's score in [0, 1]: top-1 accuracy, or macro mAP over attributes.
+
+    An attribute that no image has is left out of the mean; the score is 0 where all are.
+    """
     if targets.ndim == 1:
         return (logits.argmax(1) == targets).sum().item() / len(targets)
     precision = average_precision(logits.float().cpu(), targets.cpu())  # MPS has no float64
@@ -480,28 +460,28 @@ def score(logits: Tensor, targets: Tensor) -> float:
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of right answers in [0, 1]: top-1, or of all attributes at threshold 0.5 (LTU Sec.
-    4.1)."""
+    """Share of right answers in [0, 1]: top-1, or of all attributes at threshold 0.5.
+
+    Source: LTU Sec. 4.1.
+    """
     if targets.ndim == 2:
         return ((logits > 0) == (targets > 0.5)).float().mean().item()
     return score(logits, targets)
 
 
 def confidence(logits: Tensor, targets: Tensor) -> Tensor:
-    """Probability of the true label, (B,); over attributes its geometric mean: exp(-L_task) is
-    both."""
+    """exp(-L_task), (B,): the true label's probability; over attributes, its geometric mean."""
     return (-task_losses(logits.double(), targets)).exp()
 
 
 def membership_inference(retain: Tensor, test: Tensor, forget: Tensor) -> float:
-    """MI: the share of D_f that SalUn's confidence attack takes for non-members, in [0, 1] (LTU
-    Sec. 4.1).
+    """MI: the share of D_f that SalUn's confidence attack takes for non-members, in [0, 1].
 
-    Arguments: confidences (n,) of D_r, D_te and D_f. An RBF SVC learns to tell the first two apart,
-    on as many of each: the larger set is thinned evenly (SalUn takes the first |D_te| of D_r, which
-    in data sorted by class is a few classes). The goal is the gold model's value, not 1. Equal
-    confidences are one point with their number as weight: the same problem for the SVC, and a
-    smaller one.
+    Source: LTU Sec. 4.1. Arguments: confidences (n,) of D_r, D_te and D_f. An RBF SVC learns to
+    tell the first two apart, on as many of each: the larger set is thinned evenly (SalUn takes the
+    first |D_te| of D_r, which in data sorted by class is a few classes). The goal is the gold
+    model's value, not 1. Equal confidences are one point with their number as weight: the same
+    problem for the SVC, and a smaller one.
     """
     from sklearn.svm import SVC
 
@@ -526,12 +506,11 @@ def average_gap(figures: dict, gold: dict) -> float:
 
 
 def tow(unlearned: dict, retrained: dict) -> float:
-    """Tug-of-war: product over retain, forget and test of 1 - |score_u - score_r|. Source:
-    METAUNLEARN Eq. (7).
+    """Tug-of-war: product over retain, forget and test of 1 - |score_u - score_r|.
 
-    Both arguments map retain, forget and test to a score in [0, 1]; so does the result (the paper
-    prints it times 100). Raises ValueError for a score outside [0, 1], which is what a percentage
-    passed by mistake looks like.
+    Source: METAUNLEARN Eq. (7). Both arguments map retain, forget and test to a score in [0, 1];
+    the result lies there too (the paper prints it times 100). Raises ValueError for a score outside
+    [0, 1], which is what a percentage passed by mistake looks like.
     """
     product = 1.0
     for name in ("retain", "forget", "test"):
@@ -548,8 +527,7 @@ def tow(unlearned: dict, retrained: dict) -> float:
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Give a temporary path beside path; rename it to path when the block succeeds, delete it when
-    it does not."""
+    """Give a temporary path, renamed to path when the block succeeds, and deleted when not."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -561,8 +539,7 @@ def atomic_write(path):
 
 
 def check_writable(*folders, file=None):
-    """Fail now, not after an hour of training, where a folder (or --save's file) cannot be
-    written."""
+    """Fail before the training, not after it, where a folder or --save's file cannot be written."""
     if file and pathlib.Path(file).is_dir():
         fail(f"--save {file} is a folder; name a file")
     for folder in [*folders, *([pathlib.Path(file).parent] if file else [])]:
@@ -575,8 +552,7 @@ def check_writable(*folders, file=None):
 
 
 def save_checkpoint(path, **content):
-    """Save tensors and plain values atomically, so that loading needs no code: see
-    load_checkpoint."""
+    """Save tensors and plain values atomically; load_checkpoint reads them with no code in them."""
     with atomic_write(path) as temporary:
         torch.save(content, temporary)
 
@@ -592,9 +568,7 @@ def load_checkpoint(path, kind: str, **expected) -> dict:
         fail(f"no {kind} at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ):  # a text file, a truncated zip, a pickle that would run code: each raises something else
+    except Exception:  # a text, a truncated zip, a pickle that would run code: each has its own
         fail(f"{path} is no checkpoint that can be loaded safely; delete it or name another file")
     if not isinstance(content, dict) or content.get("kind") != kind:
         fail(f"{path} is no {kind} checkpoint of this project")
@@ -625,19 +599,11 @@ def provenance(device: torch.device) -> dict:
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
         name = f"{device.type}, {torch.get_num_threads()} threads, {_cpu_name()}"
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    versions = {"python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "numpy": np.__version__}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {
-        "peak_memory_bytes": peak,
-        "device": name,
-        "versions": versions,
-        "commit": commit,
-        "date": date,
-    }
+    content = {"peak_memory_bytes": peak, "device": name, "versions": versions}
+    return content | {"commit": commit, "date": date}
 
 
 def _cpu_name() -> str:

@@ -8,9 +8,8 @@ Usage:
     python evaluate.py --attack --dataset digits         # SVC, loss AUC and RMIA on all checkpoints
     python evaluate.py --figure 4 --dataset toyfaces --seeds 5    # METAUNLEARN's figures 4, 5 and 6
 
-The first half stands below the methods, which import it; it imports none of them. A table's rows
-are runs, found by their names (TABLES). Differences are paired by split seed, with Student's 95 %
-interval.
+The methods import this file; it imports none of them. A table's rows are runs, found by their names
+(TABLES). Differences are paired by split seed, with Student's 95 % interval.
 """
 
 import argparse
@@ -45,7 +44,7 @@ def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
     labels `wrong` (see wrong_by_label).
     """
     controls, row, sure, wrong = control_sets(data, split, seen), {}, {}, {}
-    sets = ["retain", "forget", "val", "test"]
+    by_identity, sets = "support" in split, ["retain", "forget", "val", "test"]
     if split.get("test_forgotten"):  # test images of a forgotten class, which should be gone too
         sets.append("test_forgotten")
     for name in sets:
@@ -53,12 +52,12 @@ def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
         right = data["true_targets"][split[name]] if name == "test" else own
         row[name] = {"score": score(logits, right), "accuracy": accuracy(logits, right)}
         row[name]["loss"] = common.task_losses(logits, own).mean().item()
-        sure[name] = confidence(logits, own)
         if name == "retain":
             row["control"] = {"score": [score(logits[c], own[c]) for c in controls]}
-        if own.ndim == 1:
-            wrong[name] = (logits.argmax(1) != own).numpy()
-    if "support" not in split:
+        if not by_identity:
+            sure[name] = confidence(logits, own)
+            wrong[name] = (logits.argmax(1) != own).numpy() if own.ndim == 1 else None
+    if not by_identity:
         row["mi"] = membership_inference(sure["retain"], sure["test"], sure["forget"])
         if (data["targets"] != data["true_targets"]).any():
             row["wrong"] = wrong_by_label(wrong, data, split, seen)
@@ -88,6 +87,9 @@ def paper_figures(row: dict) -> dict:
     return {"ua": 1 - row["forget"]["accuracy"], "ra": ra, "ta": ta, "mi": row["mi"]}
 
 
+MAIN_SETS = ("retain", "forget", "test")
+
+
 def compare(rows: dict) -> dict:
     """Each row's ToW against the gold model, Eq. (7), and what it lost on D_f and control sets.
 
@@ -107,8 +109,6 @@ def compare(rows: dict) -> dict:
         }
     return table
 
-
-MAIN_SETS = ("retain", "forget", "test")
 
 # --------------------------------------------------------------------------------------------------
 # Choosing settings on training and validation data alone
@@ -159,19 +159,19 @@ def validation_gap(unlearned, model, data, split, seen, args) -> dict | None:
     """How far from the goal, judged without gold model and test set: the rule for random samples.
 
     Ours. The goal is the original model, but with D_f looking like the validation images, which it
-    never saw: their error for UA, its accuracy on D_r_hat (`seen`) for RA and on D_v for TA, and
-    for MI the share of D_v that the attack (members: D_r_hat) takes for non-members. Returns the
-    four gaps and their mean, in [0, 1]; None for a whole class, of which D_v has no image.
+    never saw. UA: its error on D_v. RA: its accuracy on D_r_hat (`seen`). TA: its accuracy on D_v.
+    MI: the share of D_v that the attack (members: D_r_hat) takes for non-members. Returns the four
+    gaps and their mean, in [0, 1]; None for a whole class, of which D_v has no image.
     """
     if args.forget in ("class", "subclass"):
         return None
     parts = {"seen": seen, "val": split["val"], "forget": split["forget"]}
 
     def figures(m, forget):
-        logits = {name: predict(m, data, part, args.amp) for name, part in parts.items()}
-        y = {name: data["targets"][part] for name, part in parts.items()}
-        sure = {name: confidence(logits[name], y[name]) for name in parts}
-        right = {name: accuracy(logits[name], y[name]) for name in parts}
+        sure, right = {}, {}
+        for name in {"seen", "val", forget}:
+            logits, y = predict(m, data, parts[name], args.amp), data["targets"][parts[name]]
+            sure[name], right[name] = confidence(logits, y), accuracy(logits, y)
         mi = membership_inference(sure["seen"], sure["val"], sure[forget])
         return {"ua": 1 - right[forget], "ra": right["seen"], "ta": right["val"], "mi": mi}
 
@@ -187,7 +187,7 @@ def validation_gap(unlearned, model, data, split, seen, args) -> dict | None:
 # what is done with the result.
 NO_FLAGS = {"seed", "split_seed", "name", "method", "device", "data_dir", "checkpoint_dir", "out"}
 NO_FLAGS |= {"resume", "overwrite", "plot", "save", "check_gradient", "export_support", "support"}
-NO_FLAGS |= {"meta_loss", "meta_batch_size", "table", "pack", "attack", "figure", "results", "rows"}
+NO_FLAGS |= {"meta_batch_size", "table", "pack", "attack", "figure", "results", "rows"}
 NO_FLAGS |= {"markdown", "brief", "seeds"}
 
 
@@ -242,12 +242,29 @@ def earlier_result(name: str, args, flags: dict) -> dict | None:
         was, now = known.get(flag), flags.get(flag)
         if was != now:
             advice = "add --name WORD to keep both, or --overwrite"
-            fail(f"{path} was made with --{flag.replace('_', '-')} {was}, not {now}; {advice}")
+            fail(f"{path} was made with {common.flag_name(flag)} {was}, not {now}; {advice}")
     say(f"{path} is there, made with the same flags; --overwrite runs again")
+    keep_and_draw(result, name, args)
     return result
 
 
-def identity_of_run(name, data, split, args, flags) -> dict:
+def keep_and_draw(result: dict, name: str, args):
+    """--save and --plot, of a new result as of an earlier one."""
+    checkpoint = checkpoint_folder(args) / f"{name}-seed{args.seed}.pt"
+    if args.save:
+        if not checkpoint.is_file():
+            fail(f"--save: {checkpoint} is gone; --overwrite makes it again")
+        with common.atomic_write(args.save) as temporary:
+            shutil.copyfile(checkpoint, temporary)
+        say(f"unlearned model: {args.save}")
+    if args.plot:
+        path = result_path(name, args).with_suffix(".png")
+        title = f"{result['dataset']}, {result['setting']}, {name}, seed {args.seed}"
+        plot(result["metrics"], path, result["metric"], title)
+        say(f"figure: {path}")
+
+
+def run_header(name, data, split, args, flags) -> dict:
     """What a run file says of the run."""
     run = {"name": name, "dataset": data["name"], "setting": setting(args), "seed": args.seed}
     return run | {"split_seed": args.split_seed, "split_hash": split["hash"], "flags": flags}
@@ -263,19 +280,15 @@ def report(name, model, rows, seconds, access, flags, data, split, args, **more)
     content |= dict(architecture=args.model, image_size=args.image_size)
     content |= dict(target_names=[str(name) for name in data["target_names"]])
     checkpoint = checkpoint_folder(args) / f"{name}-seed{args.seed}.pt"
-    for target in filter(None, [checkpoint, args.save]):
-        common.save_checkpoint(target, **content)
-    result = identity_of_run(name, data, split, args, flags) | {"access": access, "metrics": rows}
+    path = result_path(name, args)
+    common.save_checkpoint(checkpoint, **content)
+    result = run_header(name, data, split, args, flags) | {"access": access, "metrics": rows}
     result["metric"] = "mAP" if data["targets"].ndim == 2 else "accuracy"
     result |= more | {"seconds": seconds} | common.provenance(data["device"])
-    path = result_path(name, args)
     common.write_json(path, result)
     took = ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items())
-    say(f"result: {path}\nunlearned model: {args.save or checkpoint}\n{took}")
-    if args.plot:
-        title = f"{data['name']}, {setting(args)}, {name}, seed {args.seed}"
-        plot(rows, path.with_suffix(".png"), result["metric"], title)
-        say(f"figure: {path.with_suffix('.png')}")
+    say(f"result: {path}\nunlearned model: {checkpoint}\n{took}")
+    keep_and_draw(result, name, args)
     return json.loads(path.read_text())
 
 
@@ -306,15 +319,13 @@ def show(results: dict) -> dict:
 
 def score_lines(rows: dict, metric: str) -> list[list[str]]:
     """METAUNLEARN's row of each model, and what D_f lost beside retained people; all times 100."""
-    lines = [
-        [f"{metric} x 100", "D_r", "D_f", "D_te", "ToW", "D_f lost", "control lost", "below D_f"]
-    ]
+    lines = [[f"{metric} x 100", "D_r", "D_f", "D_te", "ToW"]]
+    lines[0] += ["D_f lost", "control lost", "control < D_f"]
     for name, t in compare(rows).items():
         scores = [f"{100 * rows[name][s]['score']:.1f}" for s in MAIN_SETS]
         less = f"{100 * t['controls_that_lost_less']:.0f} %"  # of the control sets
-        lines.append(
-            [NAMES.get(name, name), *scores, f"{100 * t['tow']:.1f}", *lost_cells(t), less]
-        )
+        scores.append(f"{100 * t['tow']:.1f}")
+        lines.append([NAMES.get(name, name), *scores, *lost_cells(t), less])
     return lines
 
 
@@ -511,6 +522,7 @@ def read_results(paths) -> tuple[dict, list[dict]]:
             try:
                 run = json.loads(file.read_text())
                 assert {"name", "seed", "split_seed", "split_hash", "flags"} <= set(run)
+                assert "attacks" in run or {"seconds", "access"} <= set(run)
                 assert "attacks" in run or compare(run["metrics"])["unlearned"]
                 runs.append(run)
             except (ValueError, KeyError, TypeError, AssertionError):
@@ -518,10 +530,14 @@ def read_results(paths) -> tuple[dict, list[dict]]:
     if not runs:
         named = ", ".join(map(str, paths))
         fail(f"no run in {named}: name .jsonl files of results/, or folders with run files")
-    first = runs[0]["flags"]
-    same = {k: v for k, v in first.items() if all(run["flags"].get(k, ...) == v for run in runs)}
     title = re.sub(r"-split\d+", "", f"{runs[0].get('dataset')}, {runs[0].get('setting')}")
-    return header or {"title": title, "paper": "", "flags": same}, runs
+    return header or {"title": title, "paper": ""}, runs
+
+
+def shared_flags(runs: list[dict]) -> dict:
+    """The flags that all runs have, with the same value."""
+    first = runs[0]["flags"]
+    return {k: v for k, v in first.items() if all(run["flags"].get(k, ...) == v for run in runs)}
 
 
 def filled(runs: list[dict]) -> list[dict]:
@@ -537,10 +553,14 @@ def filled(runs: list[dict]) -> list[dict]:
 def pack(paths, target: pathlib.Path):
     """Append runs to a packed file, six decimals a number; a run that is there is replaced."""
     header, runs = read_results(paths)
+    settings = {re.sub(r"-split\d+", "", run["setting"]) for run in runs if "setting" in run}
+    if len(settings) > 1:
+        fail(f"--pack takes runs of one setting, not of {' and '.join(sorted(settings))}")
     if target.is_file():
         header, old = read_results([target])
         fresh = {identity_of(run) for run in runs}
         runs = [run for run in old if identity_of(run) not in fresh] + runs
+    header["flags"] = shared_flags(runs)
     lines, first = [json.dumps(header, ensure_ascii=False)], {}
     left_out = {"dataset", "setting", "metric", "peak_memory_bytes", "versions", "date", "log"}
     for run in sorted(runs, key=identity_of):
@@ -726,18 +746,17 @@ def print_table(table: str, header: dict, runs: list, markdown=False, brief=Fals
         say(f"skipped {reason}")
     if set(found) <= {"Second gold"}:
         return False
-    paper, reference = (
-        paper_numbers(table, header["paper"]),
-        "LTU" if kind == "ltu" else "METAUNLEARN",
-    )
+    paper = paper_numbers(table, header["paper"])
+    reference = "METAUNLEARN" if kind == "mu" else "LTU"
     lines = table_lines(rows_of(found, kind), kind, paper, reference)
     if brief:
         main = "ToW" if kind == "mu" else "average gap"
-        wanted = ("", main, "less Trained", "D_f less control", f"paper's {main}", "n")
+        papers = [f"paper's {main}"] if paper else []
+        wanted = ["", main, "less Trained", "D_f less control", *papers, "n"]
         kept = [lines[0].index(column) for column in wanted]
-        lines = [
-            [line[c].split(" (")[0] if c == kept[4] else line[c] for c in kept] for line in lines
-        ]
+        lines = [[line[c] for c in kept] for line in lines]
+        for line in lines[1:] if paper else ():
+            line[-2] = line[-2].split(" (")[0]  # without the scores behind it
     title = f"{table}, {header['title']}" + (f"; paper: {header['paper']}" if paper else "")
     say(f"\n{title}\n{render(lines, markdown)}")
     absent = [label for label in rows if label not in found]
@@ -749,6 +768,9 @@ def print_table(table: str, header: dict, runs: list, markdown=False, brief=Fals
 def print_tables(args, header, runs):
     """--table: one table, or all that have a row of their own beside the one of the others."""
     names, kind, shown = {run["name"] for run in runs}, kind_of(runs), False
+    if args.table != "all" and not args.table.startswith(kind):
+        what = "identities" if kind == "mu" else "random samples or classes"
+        fail(f"--table {args.table} is not about these runs, which forget {what}; try --table all")
     for table, rows in TABLES.items():
         own = list(rows.values())[: None if table in ("mu1", "ltu1") else -1]
         wanted = args.table == "all" and table.startswith(kind) and names & set(own)
@@ -852,8 +874,9 @@ def attack(args, device):
     found = {"original": membership(sure_of(model), known), "gold": membership(known[0], known[1:])}
     found["retrain"] = membership(known[1], known[:1] + known[2:])
     for name, m in unlearned_models(args, data, split, model).items():
-        found[name] = membership(sure_of(m), known)
-    result = identity_of_run("attack", data, split, args, flags) | {"attacks": found}
+        if name != "retrain":  # it is among the references, and stands in the table already
+            found[name] = membership(sure_of(m), known)
+    result = run_header("attack", data, split, args, flags) | {"attacks": found}
     path = result_path("attack", args)
     common.write_json(path, result | common.provenance(device))
     print_attacks({"title": f"{data['name']}, {setting(args)}"}, [result])
@@ -863,9 +886,8 @@ def attack(args, device):
 def print_attacks(header, runs, markdown=False, brief=False):
     """The table of all attacks of these runs; brief: the rows of Table 1 alone."""
     kind, table = kind_of(runs), {}
-    labels = {"original": "Trained", "gold": "Retrained", "retrain": "Second gold"} | labels_of(
-        kind
-    )
+    labels = {"original": "Trained", "gold": "Retrained", "retrain": "Second gold"}
+    labels |= labels_of(kind)
     main = {*list(labels)[:3], *TABLES[f"{kind}1"].values()}
     for run in sorted((run for run in runs if "attacks" in run), key=identity_of):
         for name, values in run["attacks"].items():
@@ -910,10 +932,8 @@ def people(args, device) -> dict:
     out = {"data": data, "split": split, "forget": [], "retain": []}
     for s, before, measure_of in (("forget", gold, accuracy), ("retain", model, score)):
         models = [before, *(unlearned[name] for name in args.rows)]
-        logits, y = (
-            [predict(m, data, split[s], args.amp) for m in models],
-            data["targets"][split[s]],
-        )
+        logits = [predict(m, data, split[s], args.amp) for m in models]
+        y = data["targets"][split[s]]
         for i, center in centroid[s].items():
             mine = torch.as_tensor(owner[s] == i)
             old, *new = [100 * measure_of(z[mine], y[mine]) for z in logits]
@@ -1071,6 +1091,7 @@ def main(argv=None):
         common.check_writable(args.out, args.checkpoint_dir)
         return attack(args, device) if args.attack else figure(args, device)
     if args.pack:
+        common.check_writable(pathlib.Path(args.pack).parent)
         return pack(args.results, pathlib.Path(args.pack))
     header, runs = read_results(args.results)
     if args.table == "attack":

@@ -1,6 +1,6 @@
 """LTU: meta-learned, harmonised gradients unlearn part of the data with 30 % of the rest at hand.
 
-Source: Huang, Foo, Liu, "Learning to Unlearn for Robust Machine Unlearning". It reads in its order:
+Source: Huang, Foo, Liu, "Learning to Unlearn for Robust Machine Unlearning". One iteration:
     S = images of D_f with random labels; Q_1..Q_3 = images of D_r_hat near to them, of their class,
         at random                                                                   Eq. (6)-(10)
     g_r = grad_theta [ L(theta, S) + sum_i L(theta - alpha grad L(theta, S), Q_i) ]   Eq. (1)-(5)
@@ -14,7 +14,7 @@ Usage:
 
 Symbols: theta model, theta_tau temporarily tuned model, alpha meta-tune step, beta meta-update
 step, rho share of D_r at hand, D_r_hat that share, D_f / D_r / D_v / D_te forget, retain,
-validation and test sets, k images a set, z_1..z_3 samplers, K MI models.
+validation and test sets, k images a set, z_1..z_3 samplers, K MI models (in shapes: K outputs).
 
 No official code exists. Where the paper is silent this is what we do:
     1. Random labels are uniform over all classes, the true one included, drawn anew each iteration.
@@ -25,10 +25,11 @@ No official code exists. Where the paper is silent this is what we do:
     4. S and D_Au are the same k images of D_f; z_1 and z_2 look for their neighbours. Q_1..Q_3 go
        through the model as one batch.
     5. MI models are trained on the original model's outputs in eval mode, without augmentation,
-       members from D_r_hat, non-members from D_v. Eq. (11) asks them about outputs in train mode.
-    6. Batch norm: every pass normalises by its own batch. Running statistics are moved by the query
-       passes alone: by images of D_r_hat, but at theta_tau, in which S has a part. So --no-remfeed
-       never moves them.
+       members from D_r_hat, non-members from D_v, and see the label beside the output (see
+       signals). Eq. (11) asks them about outputs in train mode, the mode of g_r's passes.
+    6. Batch norm: every pass normalises by its own batch. Only the pass over Q_1..Q_3 moves the
+       running statistics: with images of D_r_hat, at weights that have taken one step on S.
+       Without it, --no-remfeed, they stay the original model's.
     7. Eq. (5) is plain SGD without momentum or weight decay; beta falls to 0 along a cosine.
     8. N = 3 query sets. The sums of Eq. (4) are sums: three query losses weigh three times one.
     9. "w/o MetaOpt": the same losses, all at theta. "Iterative": g_f at odd, g_r at even
@@ -82,6 +83,9 @@ _DATASETS = {
 PRESETS = {name: own | _DATASETS.get(name, {}) for name, own in TRAINING_PRESETS.items()}
 N = 3  # query sets, Eq. (3): one for each of z_1, z_2, z_3
 MI_STEPS = 500  # Adam steps that train each MI model; ours, the paper is silent
+# The flags that an interrupted run must share with its continuation.
+METHOD_FLAGS = ("alpha", "beta", "iterations", "support_size", "mi_models", "rho", "combine")
+METHOD_FLAGS += ("forfeed", "remfeed", "metaopt", "first_order")
 
 # --------------------------------------------------------------------------------------------------
 # Sec. 3.1, meta optimisation
@@ -101,20 +105,15 @@ def meta_gradient(tune_loss, test_loss, theta: dict, alpha: float, first_order=F
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         L_tune = tune_loss(leaf)  # Eq. (1)
         g_tune = torch.autograd.grad(L_tune, list(leaf.values()), create_graph=second_order)
-    steps = zip(leaf.values(), g_tune, strict=True)
-    tuned = [(p - alpha * g).detach() for p, g in steps]  # Eq. (2)
-    theta_tau = {k: p.requires_grad_() for k, p in zip(leaf, tuned, strict=True)}
+    pairs = zip(leaf.items(), g_tune, strict=True)
+    theta_tau = {k: (p - alpha * g).detach().requires_grad_() for (k, p), g in pairs}  # Eq. (2)
     L_test = test_loss(theta_tau)  # Eq. (3), summed
     v = torch.autograd.grad(L_test, list(theta_tau.values()))
-    if not second_order:
-        return [g + w for g, w in zip(g_tune, v, strict=True)], L_tune.item(), L_test.item()
-    # A parameter on which g_tune does not depend (the last bias, where the loss is linear in it)
-    # has no second derivative: materialize_grads makes it 0.
-    H_v = torch.autograd.grad(
-        g_tune, list(leaf.values()), v, materialize_grads=True, allow_unused=True
-    )
-    gradient = [g + w - alpha * h for g, w, h in zip(g_tune, v, H_v, strict=True)]  # Eq. (4)
-    return [g.detach() for g in gradient], L_tune.item(), L_test.item()
+    gradient = [g + w for g, w in zip(g_tune, v, strict=True)]
+    if second_order:
+        H_v = torch.autograd.grad(g_tune, list(leaf.values()), v, materialize_grads=True)
+        gradient = [g - alpha * h for g, h in zip(gradient, H_v, strict=True)]
+    return [g.detach() for g in gradient], L_tune.item(), L_test.item()  # of Eq. (4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,12 +154,37 @@ def label_vectors(data, indices) -> Tensor:
     return targets if targets.ndim == 2 else F.one_hot(targets, data["classes"]).float()
 
 
+def draw_batch(data, forget: Tensor, seen: Tensor, seen_labels, z_1, t: int, args) -> dict:
+    """S and D_Au (the same k images of D_f), Q_1..Q_3 and two MI models of iteration t.
+
+    seen: indices of D_r_hat. Returns S (k, 3, H, W) with y_rand and its true labels y; Q (3k, ...)
+    with y_Q; attacks (i, j); iteration; indices. All of it depends on --seed and t alone, so that
+    resuming equals never having stopped.
+    """
+    rng = generator(args.seed, t, 8)
+    k = min(args.support_size, len(forget))
+    rows = torch.randperm(len(forget), generator=rng)[:k]
+    S = forget[rows]
+    queries = [z_1[rows], z_2(label_vectors(data, S), seen, seen_labels, rng), z_3(seen, k, rng)]
+    Q = torch.cat(queries)  # (3k,)
+    batch = {"iteration": t, "y_rand": random_labels(data, seen, k, rng), "indices": (S, Q)}
+    for name, indices in (("S", S), ("Q", Q)):
+        batch[name] = augment(raw_batch(data, indices), draw_augmentation(len(indices), args, rng))
+    batch |= {"y": targets_of(data, S), "y_Q": targets_of(data, Q)}
+    batch["attacks"] = torch.randperm(args.mi_models, generator=rng)[:2].tolist()  # i != j
+    return batch
+
+
 # --------------------------------------------------------------------------------------------------
 # Sec. 3.2, membership inference models of the forgetting feedback
 
-# {kind of MI model: (widths of its hidden layers, activation)}; what each sees: signals.
-HIDDEN = {"posterior": ((128, 64), nn.ReLU), "top3": ((64,), nn.ReLU)}
-HIDDEN |= {"scalars": ((64, 64), nn.Tanh), "logit": ((), None)}
+# {kind of MI model: (widths of its hidden layers, activation)}; its inputs: signals.
+HIDDEN = {
+    "posterior": ((128, 64), nn.ReLU),
+    "top3": ((64,), nn.ReLU),
+    "scalars": ((64, 64), nn.Tanh),
+    "logit": ((), None),
+}
 KINDS = tuple(HIDDEN)
 
 
@@ -170,8 +194,8 @@ def signals(kind: str, logits: Tensor, targets: Tensor) -> Tensor:
     posterior: probabilities and the label (Shokri et al. 2017). top3: the three largest
     probabilities in order (ML-Leaks, Salem et al. 2019). scalars: loss, entropy, margin, largest
     probability. logit: the label's log odds (Yeom et al.; LiRA's scaling) and the label, so that
-    each class has its own threshold. For attributes each is the Bernoulli version, averaged over
-    them.
+    each class has its own threshold. Of attributes loss, entropy and log odds are means, the margin
+    is the smallest, and top3 and the largest probability are those of the right answers.
     """
     if targets.ndim == 2:
         p, y = logits.sigmoid(), targets.to(logits.dtype)
@@ -285,7 +309,7 @@ def harmonize(g_r: list[Tensor], g_f: list[Tensor]) -> tuple[list[Tensor], float
 
 
 def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Inner product over all tensors, summed in float64 on the CPU (MPS has none)."""
+    """Inner product over all tensors; their sums are added in float64 on the CPU (MPS has none)."""
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).cpu().double().sum()
 
 
@@ -306,92 +330,78 @@ def forward(student, theta: dict, images: Tensor, amp=False, moves_statistics=Fa
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def remembering(student, theta, batch: dict, args) -> tuple[list[Tensor], dict]:
+def query_loss(student, theta, batch: dict, args) -> Tensor:
+    """sum_i L(theta, Q_i) of Eq. (3): N times the mean of the joined batch is the sum of N means.
+
+    It is the one pass that moves batch norm's statistics.
+    """
+    logits = forward(student, theta, batch["Q"], args.amp, moves_statistics=True)
+    return N * task_losses(logits, batch["y_Q"]).mean()  # Q_i of Eq. (7)
+
+
+def remembering(student, theta, batch: dict, alpha: float, args) -> tuple[list[Tensor], dict]:
     """g_r of the remembering feedback, Eq. (5), and its losses."""
 
-    def support_loss(theta):  # Eq. (6)
+    def support_loss(theta):  # Eq. (1), with S of Eq. (6)
         return task_losses(forward(student, theta, batch["S"], args.amp), batch["y_rand"]).mean()
 
-    def query_loss(theta):  # Eq. (7)
-        # N times the mean over the joined batch is the sum of the N sets' means.
-        logits = forward(student, theta, batch["Q"], args.amp, moves_statistics=True)
-        return N * task_losses(logits, batch["y_Q"]).mean()
+    def test_loss(theta):  # Eq. (3), with Q of Eq. (7)
+        return query_loss(student, theta, batch, args)
 
-    alpha = args.alpha if args.metaopt else 0.0
-    g_r, tune, test = meta_gradient(support_loss, query_loss, theta, alpha, args.first_order)
+    g_r, tune, test = meta_gradient(support_loss, test_loss, theta, alpha, args.first_order)
     return g_r, {"tune": tune, "test": test}
 
 
-def forgetting(student, theta, batch: dict, attacks, args) -> tuple[list[Tensor], dict]:
+def forgetting(student, theta, batch: dict, attacks, alpha, args) -> tuple[list[Tensor], dict]:
     """g_f of the forgetting feedback: one MI model is the support set, another the query set."""
     non_member = torch.zeros(len(batch["S"]), device=batch["S"].device)
     i, j = batch["attacks"]
 
     def audit(theta, attack):  # Eq. (11)
-        log_odds = attack(forward(student, theta, batch["S"], args.amp), batch["y"])
-        return F.binary_cross_entropy_with_logits(log_odds, non_member)
+        membership = attack(forward(student, theta, batch["S"], args.amp), batch["y"])
+        return F.binary_cross_entropy_with_logits(membership, non_member)
 
     def support_loss(theta):
         return audit(theta, attacks[i])
 
-    def query_loss(theta):
+    def test_loss(theta):
         return audit(theta, attacks[j])
 
-    alpha = args.alpha if args.metaopt else 0.0
-    g_f, tune, test = meta_gradient(support_loss, query_loss, theta, alpha, args.first_order)
+    g_f, tune, test = meta_gradient(support_loss, test_loss, theta, alpha, args.first_order)
     return g_f, {"mi_tune": tune, "mi_test": test}
 
 
 def iteration(student, theta, batch: dict, attacks, args) -> tuple[list[Tensor], dict]:
-    """One iteration's gradient G = g_r + g_f' and what it saw; batch: see draw_batch."""
+    """One iteration's gradient G = g_r + g_f', and its losses and cosine; batch: see draw_batch."""
     remember, forget = args.remfeed, args.forfeed
     if args.combine == "iterative":  # in turns; t = 0 is the first iteration, an odd one
         odd = batch["iteration"] % 2 == 0
         remember, forget = not odd, odd
-    g_r, seen = remembering(student, theta, batch, args) if remember else (None, {})
+    alpha = args.alpha if args.metaopt else 0.0
+    g_r, told = remembering(student, theta, batch, alpha, args) if remember else (None, {})
     if not forget:
-        return g_r, seen
-    g_f, audited = forgetting(student, theta, batch, attacks, args)
+        return g_r, told
+    g_f, audited = forgetting(student, theta, batch, attacks, alpha, args)
     if not remember:
         return g_f, audited
     projected, cosine = harmonize(g_r, g_f)
     added = projected if args.combine == "project" else g_f
-    return [r + f for r, f in zip(g_r, added, strict=True)], seen | audited | {"cosine": cosine}
+    return [r + f for r, f in zip(g_r, added, strict=True)], told | audited | {"cosine": cosine}
 
 
 def plain_gradient(student, theta, batch: dict, args) -> tuple[list[Tensor], dict]:
-    """The bar beside LTU: the gradient of the same query losses at theta, without all the rest."""
+    """FT, the bar beside LTU: the gradient of the query losses alone, at theta."""
     leaf = {k: p.detach().requires_grad_() for k, p in theta.items()}
-    logits = forward(student, leaf, batch["Q"], args.amp, moves_statistics=True)
-    L = N * task_losses(logits, batch["y_Q"]).mean()
+    L = query_loss(student, leaf, batch, args)
     return torch.autograd.grad(L, list(leaf.values())), {"test": L.item()}
 
 
-def draw_batch(data, forget: Tensor, seen: Tensor, seen_labels, z_1, t: int, args) -> dict:
-    """S and D_Au (the same k images of D_f), Q_1..Q_3 and two MI models of iteration t.
-
-    All of it depends on --seed and t alone, so that resuming equals never having stopped.
-    """
-    rng = generator(args.seed, t, 8)
-    k = min(args.support_size, len(forget))
-    rows = torch.randperm(len(forget), generator=rng)[:k]
-    S = forget[rows]
-    queries = [z_1[rows], z_2(label_vectors(data, S), seen, seen_labels, rng), z_3(seen, k, rng)]
-    Q = torch.cat(queries)  # (3k,)
-    batch = {"iteration": t, "y_rand": random_labels(data, seen, k, rng), "indices": (S, Q)}
-    for name, indices in (("S", S), ("Q", Q)):
-        batch[name] = augment(raw_batch(data, indices), draw_augmentation(len(indices), args, rng))
-    batch |= {"y": targets_of(data, S), "y_Q": targets_of(data, Q)}
-    batch["attacks"] = torch.randperm(args.mi_models, generator=rng)[:2].tolist()  # i != j
-    return batch
-
-
 def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu"):
-    """LTU on a copy of model, from D_f and D_r_hat (`seen`) alone.
+    """LTU on a copy of model, reading D_f and D_r_hat (`seen`); attacks (mi_models) have read D_v.
 
     method "ft" is the bar beside it, plain_gradient. partial: where to save progress for --resume.
     Returns the copy, a log with the losses of each iteration, and the seconds. Raises SystemExit(2)
-    at a step that diverges; the model before that step is then kept at partial.
+    at a step that diverges.
     """
     student, begin = copy.deepcopy(model).train(), time.time()
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student
@@ -414,7 +424,6 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
 
     for t in range(first, total):
         batch = draw_batch(data, forget, seen, seen_labels, z_1, t, args)
-        before = {k: x.clone() for k, x in student.state_dict().items()}
         if method == "ft":
             G, told = plain_gradient(student, theta, batch, args)
         else:
@@ -423,13 +432,10 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
         with torch.no_grad():
             for p, g in zip(theta.values(), G, strict=True):
                 p -= beta * g  # Eq. (5), with the harmonised gradient
-        loss = max(abs(value) for value in told.values())
+        loss = sum(map(abs, told.values()))  # a sum, for max can pass over a NaN
         finite = all(torch.isfinite(x).all() for x in student.state_dict().values())
-        if not loss < 1e4 or not finite:
-            student.load_state_dict(before)
-            keep(t - 1)
-            where = f"; the last good model is kept at {partial}" if partial else ""
-            advice = f"lower --beta ({args.beta}) or --alpha ({args.alpha}){where}"
+        if not loss < 1e4 or not finite:  # far above any loss of a model that still works
+            advice = f"lower --beta ({args.beta}) or --alpha ({args.alpha})"
             fail(f"{method}: iteration {t + 1} diverged (loss {loss:g}); {advice}")
         log.append(told)
         if (t + 1) % max(1, total // 5) == 0 or time.time() - clock > 60:
@@ -442,10 +448,6 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
 
 # --------------------------------------------------------------------------------------------------
 # Command line
-
-# The flags that an interrupted run must share with its continuation.
-METHOD_FLAGS = ("alpha", "beta", "iterations", "support_size", "mi_models", "rho", "combine")
-METHOD_FLAGS += ("forfeed", "remfeed", "metaopt", "first_order")
 
 
 def parse_args(argv=None):
@@ -487,11 +489,21 @@ def label_of(args) -> str:
     """The row's name, as in Tables 3 and 4."""
     parts = {"forfeed": "w/o ForFeed", "remfeed": "w/o RemFeed", "metaopt": "w/o MetaOpt"}
     words = ["LTU", *(text for flag, text in parts.items() if not getattr(args, flag))]
-    if args.combine != "project":
-        words.append(args.combine)
+    words += {"project": [], "add": ["w/ GradAdd"], "iterative": ["w/ Iterative"]}[args.combine]
     if args.first_order:
         words.append("1st order")
     return " ".join(words)
+
+
+def conflicts_in(log: list[dict]) -> dict | None:
+    """How often g_r and g_f conflicted, and their mean cosine; None where only one was taken."""
+    cosines = np.array([told["cosine"] for told in log if "cosine" in told])
+    if not len(cosines):
+        return None
+    share, mean = float((cosines < 0).mean()), float(cosines.mean())
+    said = f"gradients conflicted in {100 * share:.0f} % of {len(cosines)} iterations"
+    say(f"{said} (mean cosine {mean:+.2f})")
+    return {"share": share, "mean_cosine": mean}
 
 
 def main(argv=None):
@@ -512,11 +524,10 @@ def main(argv=None):
     say(f"D_r_hat: {len(seen):,} images (rho {args.rho:g})")
     model, gold, seconds = train_both(data, split, args)
     clock = time.time()
-    attacks, audited = mi_models(model, data, split, seen, args)
+    attacks, mi_report = mi_models(model, data, split, seen, args) if args.forfeed else ([], [])
     seconds["mi_models"] = time.time() - clock
     partial = checkpoint_folder(args) / f"{name}-seed{args.seed}.partial.pt"
     unlearned, log, seconds["unlearn"] = unlearn(model, data, split, seen, attacks, args, partial)
-    partial.unlink(missing_ok=True)
     finetuned, _, seconds["ft"] = unlearn(model, data, split, seen, attacks, args, method="ft")
 
     clock = time.time()
@@ -524,20 +535,17 @@ def main(argv=None):
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
     rows = {row: evaluate.measure(m, data, split, args.amp, seen) for row, m in models.items()}
     seconds["evaluate"] = time.time() - clock
-    reads = ["forget", f"retain (rho {args.rho:g})", "val"]
-    access = {"unlearning": reads, "choosing flags": reads}
-    cosines = np.array([told["cosine"] for told in log if "cosine" in told])
-    conflicts = None
-    if len(cosines):
-        conflicts = {"share": (cosines < 0).mean(), "mean_cosine": cosines.mean()}
-        share, mean = 100 * conflicts["share"], conflicts["mean_cosine"]
-        said = f"gradients conflicted in {share:.0f} % of {len(cosines)} iterations"
-        say(f"{said} (mean cosine {mean:+.2f})")
+    reads = ["forget", f"retain (rho {args.rho:g})"]
+    access = {"unlearning": [*reads, "val"] if args.forfeed else reads}
+    access["choosing flags"] = [*reads, "val"]
+    conflicts = conflicts_in(log)
     if gap:
         say(f"validation gap {100 * gap['mean']:.2f}: distance from the goal by D_v and D_r_hat")
-    more = dict(validation_gap=gap, conflicts=conflicts, mi_models=audited, log=log)
-    saved = models["unlearned"]
-    result = evaluate.report(name, saved, rows, seconds, access, flags, data, split, args, **more)
+    more = dict(validation_gap=gap, conflicts=conflicts, mi_models=mi_report, log=log)
+    result = evaluate.report(
+        name, unlearned, rows, seconds, access, flags, data, split, args, **more
+    )
+    partial.unlink(missing_ok=True)
     return evaluate.show({label: result})
 
 

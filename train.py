@@ -95,20 +95,18 @@ def add_recipe_arguments(parser):
 
 
 def checkpoint_folder(args) -> pathlib.Path:
-    """One folder for one model and split: the original, the gold model and every method's
-    checkpoints."""
+    """The folder of one model and split, where the checkpoints of every method lie."""
     name = f"{pathlib.Path(args.dataset).name}-{args.image_size}-{args.model}"
     return pathlib.Path(args.checkpoint_dir) / name / setting(args)
 
 
 def learning_rate(step: int, steps_per_epoch: int, args) -> float:
-    """Rate of a step, counted from 0: linear warm-up, then a cosine to 0, or a tenth at 1/2 and 3/4
-    of the epochs."""
+    """Rate of a step, counted from 0: a linear warm-up, then --schedule."""
     warmup, total = round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "milestones":
-        passed = sum(step >= part * args.epochs // 1 * steps_per_epoch for part in (0.5, 0.75))
+        passed = sum(step >= int(part * args.epochs) * steps_per_epoch for part in (0.5, 0.75))
         return args.lr * 0.1**passed
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
@@ -116,8 +114,8 @@ def learning_rate(step: int, steps_per_epoch: int, args) -> float:
 def train(which: str, data: dict, split: dict, args):
     """Return `which`, "original" (trained on D_tr) or "gold" (on D_r), and its training's seconds.
 
-    It is loaded where it is there, else trained. Resumes from the last finished epoch with --resume.
-    Under torchrun each process takes its share of every batch, and the result is that of one
+    It is loaded where it is there, else trained, with --resume from the last finished epoch. Under
+    torchrun each process takes its share of every batch, and the result is that of one
     process but for rounding and batch-norm statistics. Raises SystemExit(2) for a checkpoint of
     another split or recipe, and when the loss is no longer finite.
     """
@@ -126,8 +124,7 @@ def train(which: str, data: dict, split: dict, args):
     path = checkpoint_folder(args) / f"{which}-seed{args.seed}.pt"
     partial = path.with_suffix(".partial.pt")
     identity = identity_of(which, data, split, args)
-    # A seed of its own, so that the gold model does not even share its initial weights with the
-    # original.
+    # A seed of its own: the gold model does not even share its initial weights with the original.
     seed = 2 * args.seed + (which == "gold")
     init = "none" if path.is_file() else args.init
     model = build_model(args.model, data["classes"], args.image_size, init, seed).to(device)
@@ -139,9 +136,6 @@ def train(which: str, data: dict, split: dict, args):
 
     chosen = split["retain"] + split["forget"] if which == "original" else split["retain"]
     chosen = torch.tensor(sorted(chosen))
-    if len(chosen) < args.batch_size and not args.dry_run:
-        advice = f"lower --batch-size ({args.batch_size}) or forget less"
-        fail(f"{which}: {len(chosen)} training images are fewer than a batch; {advice}")
     optimizer = new_optimizer(model, args)
     epochs, done = 1 if args.dry_run else args.epochs, 0
     kept = {"best": -1.0, "best_state": None, "seconds": 0.0}
@@ -186,7 +180,7 @@ def identity_of(which: str, data, split, args) -> dict:
     """What makes this model another than others: it is saved with it, and checked on loading."""
     identity = {"which": which, "split": split["hash"], "seed": args.seed}
     identity |= {"target_names": [str(name) for name in data["target_names"]]}
-    return identity | {f"--{key.replace('_', '-')}": getattr(args, key) for key in RECIPE}
+    return identity | {common.flag_name(key): getattr(args, key) for key in RECIPE}
 
 
 def new_optimizer(model, args):
@@ -215,13 +209,12 @@ def train_epoch(model, optimizer, data, chosen, epoch: int, seed: int, args) -> 
         own = batch[rank::world]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch * steps + step, steps, args)
-        images = augment(
-            raw_batch(data, own), drawn
-        )  # outside autocast, which rounds a crop's grid to bf16
+        # Outside autocast, which would round a crop's grid to bf16.
+        images = augment(raw_batch(data, own), drawn)
         with autocast(device, args.amp):
             _, logits = model(images)  # (B, K)
-        # DistributedDataParallel averages over processes: scale a share's sum, so that the result
-        # is the batch's mean.
+        # DistributedDataParallel averages over processes: a share's sum times their number over
+        # the batch's size gives the batch's mean.
         loss = task_losses(logits.float(), targets_of(data, own)).sum() * world / len(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -231,16 +224,18 @@ def train_epoch(model, optimizer, data, chosen, epoch: int, seed: int, args) -> 
 
 
 def open_data(args, device) -> tuple[dict, dict]:
-    """The data and its split, which every script starts from."""
+    """The data and its split, with which every script starts."""
     data = load(args, device)
     split = make_split(data, args)
     say(describe(data, split))
+    if len(split["retain"]) < args.batch_size and not args.dry_run:
+        advice = f"lower --batch-size ({args.batch_size}) or forget less"
+        fail(f"D_r has {len(split['retain'])} training images, fewer than a batch; {advice}")
     return data, split
 
 
 def train_both(data, split, args) -> tuple:
-    """(original model, gold model, the seconds that each training took), which every method starts
-    from."""
+    """(original model, gold model, {train, retrain: seconds}), with which every method starts."""
     model, train_seconds = train("original", data, split, args)
     gold, retrain_seconds = train("gold", data, split, args)
     return model, gold, {"train": train_seconds, "retrain": retrain_seconds}
@@ -248,9 +243,8 @@ def train_both(data, split, args) -> tuple:
 
 def parse_args(argv=None):
     parser = common.Parser(description=__doc__)
-    parser.add_argument(
-        "--which", choices=("original", "gold", "both"), default="both", help="the model to train"
-    )
+    which = ("original", "gold", "both")
+    parser.add_argument("--which", choices=which, default="both", help="the model to train")
     common.add_shared_arguments(parser)
     add_recipe_arguments(parser)
     return common.parse_with_presets(parser, PRESETS, argv)

@@ -1,4 +1,4 @@
-"""Is the meta-gradient right? `python metaunlearn.py --check-gradient` runs this on its own model."""
+"""Is the meta-gradient right? `python metaunlearn.py --check-gradient` asks it of its own model."""
 
 import argparse
 import copy

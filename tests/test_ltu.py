@@ -156,9 +156,9 @@ def test_meta_gradient_in_closed_form():
 MUTANTS = {
     "no graph through the tuned step": ("create_graph=second_order", "retain_graph=True"),
     "sign of the meta-tune step": ("(p - alpha * g)", "(p + alpha * g)"),
-    "sign of the Hessian": ("g + w - alpha * h", "g + w + alpha * h"),
-    "alpha forgotten before the Hessian": ("g + w - alpha * h", "g + w - h"),
-    "tune loss left out of the update": ("g + w - alpha * h", "w - alpha * h"),
+    "sign of the Hessian": ("[g - alpha * h", "[g + alpha * h"),
+    "alpha forgotten before the Hessian": ("[g - alpha * h", "[g - h"),
+    "tune loss left out of the update": ("[g + w for", "[w for"),
     "query losses averaged, not summed": ("return N * task_losses", "return task_losses"),
     "queries at theta": ("test_loss(theta_tau)", "test_loss(leaf); theta_tau = leaf"),
     "true labels in the support set": ('batch["y_rand"]).mean()', 'batch["y"]).mean()'),
@@ -222,7 +222,7 @@ def test_bf16_gradient_is_near_the_exact_one():
 
 
 # Eq. (12)
-def test_harmonize_by_hand():
+def test_harmonize_by_hand_and_at_random():
     """Of (-1, 1) against (1, 0) stays (0, 1); without a conflict nothing changes."""
     one, nothing = torch.ones(1), torch.zeros(1)
     projected, cosine = L.harmonize([one, nothing], [-one, one])  # over two tensors at once
@@ -232,13 +232,10 @@ def test_harmonize_by_hand():
     assert L.harmonize([torch.zeros(2)], same) == (same, 0)
     (projected,), _ = L.harmonize([torch.tensor([3.0, 4.0])], [torch.tensor([-1.0, 0.0])])
     assert projected.tolist() == pytest.approx([-1 + 3 / 25 * 3, 3 / 25 * 4])
-
-
-def test_harmonized_gradients_never_conflict():
     rng, conflicts = torch.Generator().manual_seed(0), 0
     for _ in range(200):
-        g_r = torch.randn(7, generator=rng, dtype=torch.float64).split((3, 4))
-        g_f = torch.randn(7, generator=rng, dtype=torch.float64).split((3, 4))
+        drawn = torch.randn(14, generator=rng, dtype=torch.float64).split((3, 4, 3, 4))
+        g_r, g_f = drawn[:2], drawn[2:]
         projected, cosine = L.harmonize(g_r, g_f)
         r, f, new = flat(g_r), flat(g_f), flat(projected)
         size = (r.norm() * f.norm()).item()
@@ -370,8 +367,9 @@ def test_mi_models_differ_and_tell_members_from_others(digits, monkeypatch):
         assert torch.equal(flat(a.parameters()), flat(b.parameters()))
 
 
-def test_mi_models_are_not_thrown_by_a_class_they_never_saw(digits):
+def test_mi_models_are_not_thrown_by_a_class_they_never_saw(digits, monkeypatch):
     """Standardised, a class that only D_f has would weigh a thousand times as much."""
+    monkeypatch.setattr(L, "MI_STEPS", 5)  # in 500, weight decay takes that weight to 0
     kept = np.flatnonzero(digits.data["targets"].numpy() != 3)
     split, seen = {"val": kept[:100].tolist()}, kept[100:300].tolist()
     attacks, _ = L.mi_models(digits.model, digits.data, split, seen, digits.args)
@@ -381,29 +379,22 @@ def test_mi_models_are_not_thrown_by_a_class_they_never_saw(digits):
 
 
 # The metrics
-def plain_svc(members, others, forget) -> float:
-    x, y = np.concatenate([members, others])[:, None], np.repeat([1, 0], len(members))
-    return 1 - SVC(C=3, gamma="auto", kernel="rbf").fit(x, y).predict(forget[:, None]).mean()
-
-
-def test_membership_metric_is_plain_scikit_learn():
+def test_membership_metric_is_plain_scikit_learn_and_knows_its_extremes():
     rng, metric = np.random.default_rng(0), common.membership_inference
     sets = [(0.2, 9, 400), (0.4, 2, 300), (0.4, 3, 100)]
     retain, test, forget = (np.float32(1 - rng.beta(a, b, n)) for a, b, n in sets)
     retain[:100], test[:40] = 1.0, 1.0  # saturated confidences: many equal points
     members, *others = (torch.from_numpy(part) for part in (retain, test, forget))
-    expected = plain_svc(retain[np.arange(300) * 400 // 300], test, forget)  # as many of each
-    assert 0.1 < expected < 0.9 and metric(members, *others) == pytest.approx(expected)
-    few = plain_svc(retain[:50], test[np.arange(50) * 300 // 50], forget)
-    assert metric(members[:50], *others) == pytest.approx(few)
-
-
-def test_membership_metric_knows_its_extremes_and_order():
-    metric, high = common.membership_inference, torch.linspace(0.9, 1, 50)
-    low, shuffled = torch.linspace(0, 0.1, 50), torch.arange(50) * 7 % 50
+    for n, own in ((300, members), (50, members[:50])):
+        both = (part[np.arange(n) * len(part) // n] for part in (own.numpy(), test))
+        x, y = np.concatenate([*both])[:, None], np.repeat([1, 0], n)  # as many of each
+        attack = SVC(C=3, gamma="auto", kernel="rbf").fit(x, y)
+        expected = 1 - attack.predict(forget[:, None]).mean()
+        assert 0.1 < expected < 0.9 and metric(own, *others) == pytest.approx(expected)
+    high, low, shuffled = torch.linspace(0.9, 1, 50), torch.linspace(0, 0.1, 50), torch.arange(50)
     assert metric(high, low, high) == 0 and metric(high, low, low) == 1
     mixed = torch.cat([high[:20], low[:30]])
-    assert metric(high, low, mixed) == metric(high.flip(0), low, mixed[shuffled]) == 0.6
+    assert metric(high, low, mixed) == metric(high.flip(0), low, mixed[shuffled * 7 % 50]) == 0.6
 
 
 def test_confidence_is_the_probability_of_the_label_whatever_the_batch():
@@ -511,14 +502,12 @@ def test_rho_limits_what_is_at_hand(digits):
     assert len({tuple(part) for part in half}) == 20
 
 
-KEYS = "name dataset setting seed split_seed split_hash flags access metric metrics validation_gap"
-KEYS += " conflicts mi_models log seconds peak_memory_bytes device versions commit date"
-
-
 def test_result_file(run):
+    keys = "name dataset setting seed split_seed split_hash flags access metric metrics conflicts"
+    keys += " validation_gap mi_models log seconds peak_memory_bytes device versions commit date"
     path = run.folder / "out" / "digits-random0.1-noise0.1-split0" / "ltu-seed0.json"
     saved = json.loads(path.read_text())
-    assert saved == run.result and set(saved) == set(KEYS.split()) and saved["name"] == "ltu"
+    assert saved == run.result and set(saved) == set(keys.split()) and saved["name"] == "ltu"
     assert set(saved["seconds"]) == {"train", "retrain", "mi_models", "unlearn", "ft", "evaluate"}
     assert set(saved["metrics"]) == {"original", "retrained", "ft", "unlearned"}
     assert saved["metric"] == "accuracy" and saved["flags"]["rho"] == 0.3
@@ -542,7 +531,7 @@ def test_the_same_command_gives_the_same_numbers(run, capsys, monkeypatch):
     command, before = [*places(run.folder), *SHORT], saved_model(run.folder)
     with monkeypatch.context() as patch:
         patch.setattr(L, "train_both", None)
-        assert L.main(command) == run.result and "ToW" in capsys.readouterr().out
+        assert L.main(command) == run.result and "UA (gap)" in capsys.readouterr().out
         refused(capsys, "made with --first-order", L.main, [*command, "--first-order"])
     result = L.main([*command, "--overwrite"])
     for key in ("metrics", "log", "mi_models", "validation_gap", "flags"):
@@ -558,8 +547,8 @@ ABLATIONS = {
     "--no-remfeed": ([FORGET] * 12, "LTU w/o RemFeed", FORGET),
     "--no-metaopt": ([BOTH] * 12, "LTU w/o MetaOpt", {"tune", "mi_tune"}),
     "--first-order": ([BOTH] * 12, "LTU 1st order", REMEMBER | FORGET),
-    "--combine add": ([BOTH] * 12, "LTU add", BOTH),
-    "--combine iterative": ([FORGET, REMEMBER] * 6, "LTU iterative", FORGET),
+    "--combine add": ([BOTH] * 12, "LTU w/ GradAdd", BOTH),
+    "--combine iterative": ([FORGET, REMEMBER] * 6, "LTU w/ Iterative", FORGET),
 }
 
 
@@ -570,7 +559,7 @@ def test_each_ablation_changes_what_it_says(run, again, flag, capsys):
     result = again(*flag.split(), "--name", name)
     assert [set(told) for told in result["log"]] == holds and result["name"] == f"ltu-{name}"
     assert len(list((run.folder / "out").rglob(f"ltu-{name}-seed0.json"))) == 1
-    assert any(line.startswith(f"{label}  ") for line in capsys.readouterr().out.splitlines())
+    assert any(line.startswith(f"{label} ") for line in capsys.readouterr().out.splitlines())
     assert result["split_hash"] == run.result["split_hash"]
     ours, full = result["metrics"], run.result["metrics"]
     assert [row for row in full if ours[row] != full[row]] == ["unlearned"]
@@ -622,24 +611,21 @@ def test_beta_falls_to_0_along_a_cosine(digits, monkeypatch):
     assert equal(digits.model.state_dict(), before)
 
 
-def test_a_diverged_step_stops_and_keeps_the_last_good_model(run, again, monkeypatch, capsys):
-    real, states = L.iteration, []
+def test_a_diverged_step_stops_and_leaves_the_last_progress(run, again, monkeypatch, capsys):
+    """No result is written, and --resume would go on from the last progress that was saved."""
+    real, calls = L.iteration, []
 
     def poison(student, *args):
         gradient, told = real(student, *args)
-        states.append(copy.deepcopy(student.state_dict()))
-        return [g * float("nan") for g in gradient] if len(states) == 4 else gradient, told
+        calls.append(1)
+        return [g * float("nan") for g in gradient] if len(calls) == 4 else gradient, told
 
     monkeypatch.setattr(L, "iteration", poison)
     refused(capsys, "iteration 4 diverged", again, "--name", "poisoned")
     (path,) = run.folder.rglob("ltu-poisoned-seed0.partial.pt")
-    saved, third = torch.load(path, weights_only=True), states[2]
-    assert saved["iteration"] == 2
+    saved = torch.load(path, weights_only=True)
+    assert saved["iteration"] == 1  # progress is saved at a fifth of the 12 iterations
     assert all(torch.isfinite(t.float()).all() for t in saved["model"].values())
-    # Statistics of the third query pass, not the fourth's; weights after the third update.
-    mean, weight = "net.bn1.running_mean", "net.bn1.weight"
-    assert torch.equal(saved["model"][mean], third[mean])
-    assert not torch.equal(saved["model"][weight], third[weight])
     assert not list(run.folder.rglob("*poisoned*.json"))
 
 
@@ -669,7 +655,7 @@ def test_attributes_and_identities_too(flags, tmp_path, capsys):
     assert 0 < E.compare(result["metrics"])["unlearned"]["tow"] <= 1
     assert np.isfinite(result["validation_gap"]["mean"])
     printed = capsys.readouterr().out
-    assert "mAP x 100" in printed and "UA (gap)" not in printed
+    assert "mAP" in printed and "UA (gap)" not in printed
     assert len(list(tmp_path.rglob("*.png"))) == 1
 
 
@@ -698,7 +684,7 @@ BAD |= {
     "--no-forfeed --no-remfeed": "nothing to do",
     "--no-forfeed --combine add": "--combine add",
     "--train-images 60": "fewer than a batch",
-    "--forget-ratio 0.8 --batch-size 512 --epochs 1": "gold: ",
+    "--forget-ratio 0.8 --batch-size 512": "fewer than a batch",
     "--train-images 8": "has no training image",
     "--save .": "is a folder",
     "--init pretrained": "no pretrained weights",
@@ -708,15 +694,16 @@ BAD |= {
 @pytest.mark.parametrize("extra", BAD)
 def test_bad_input_gets_one_line_before_anything_is_trained(extra, tmp_path, capsys):
     refused(capsys, BAD[extra], L.main, [*places(tmp_path), *extra.split()])
-    written = {path.name for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json")}
-    assert written <= ({"original-seed0.pt"} if "--epochs" in extra else set())
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json")]
 
 
 def test_goal_of_the_validation_gap_needs_neither_gold_nor_test(digits):
-    """The untouched model misses in UA and MI alone: its D_f is known, its D_v is not."""
-    split = {name: digits.split[name] for name in ("forget", "val")}
+    """The untouched model misses in UA and MI alone: its D_f should look like its D_v."""
+    split, y = {name: digits.split[name] for name in ("forget", "val")}, digits.data["targets"]
     given = digits.model, digits.model, digits.data
     gap = E.validation_gap(*given, split, digits.seen, digits.args)
+    right = [D.predict(*given[1:], part).argmax(1).eq(y[part]).numpy() for part in split.values()]
+    assert gap["ua"] == pytest.approx(abs(right[0].mean() - right[1].mean())) and gap["ua"] > 0
     assert gap["ra"] == gap["ta"] == 0
     split["forget"] = split["val"]
     assert E.validation_gap(*given, split, digits.seen, digits.args)["mean"] == 0

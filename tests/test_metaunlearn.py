@@ -1,7 +1,4 @@
-"""METAUNLEARN against finite differences, double backward, formulas written here, and itself.
-
-python -m pytest tests/test_metaunlearn.py
-"""
+"""METAUNLEARN against finite differences, double backward, formulas written here, and itself."""
 
 import argparse
 import copy
@@ -60,38 +57,25 @@ def problem(small, *extra, dtype=torch.float64, classes=False, model="toy_vit", 
         data |= {"targets": data["targets"][:, :2].long().sum(1), "classes": 3}
     split = D.identity_split(data, args.ids, 0)
     net = common.build_model(args.model, data["classes"], args.image_size, seed=1).to(dtype).eval()
-    h, rng = M.new_meta_loss(net, data, split, args).to(dtype).eval(), np.random.default_rng(0)
+    h, theta = M.new_meta_loss(net, data, split, args), M.updatable(net, args.preset == "code")
     for p in (h.mlp[-2].weight, *(h.log_step or [])):
         torch.nn.init.normal_(p, std=0.5, generator=torch.Generator().manual_seed(0))
+    h.to(dtype).eval()
     original = M.original_outputs(copy.deepcopy(net).float(), data, split, args)
     original["v0"] = original["v0"][0].to(dtype), original["v0"][1]
     support, forget = next(D.simulated_requests(data, split, args.ids, 0, 0))
-    theta = M.updatable(net, args.preset == "code")
-    sets, S = M.request_sets(split, support, forget, args, rng), M.support_batch
-    images, *labels = M.support_batch(data, split["train_ids"], support)
-    S = (images.to(dtype), *labels)
-    return types.SimpleNamespace(**locals())
+    sets = M.request_sets(split, support, forget, args, np.random.default_rng(0))
+    S = M.support_batch(data, split["train_ids"], support)
+    made = dict(args=args, data=data, split=split, net=net, h=h, theta=theta, original=original)
+    return types.SimpleNamespace(**made, support=support, forget=forget, sets=sets, S=S)
 
 
-def arguments(p, module=M) -> tuple:
-    """The arguments of meta_gradient."""
-    f = module.model_function(p.net, p.args.amp)
-
-    def A(theta_u):
-        return module.auxiliary(f, theta_u, p.sets, p.data, p.original, p.args)
-
-    return p.h, f, A, p.theta, p.S, p.args.eta
-
-
-def forward(p, module=M) -> tuple:
-    """A and its gradient, as a vector, by the forward way."""
-    A, gradient = module.meta_gradient(*arguments(p, module))
-    return A, flat(gradient)
-
-
-def double(p) -> tuple:
-    A, gradient = M.meta_gradient_double(*arguments(p))
-    return A, flat(gradient)
+def gradient(p, way="forward", module=M) -> tuple:
+    """A of the request, and its gradient as one vector."""
+    args = argparse.Namespace(**vars(p.args) | {"hypergradient": way})
+    rng, request = np.random.default_rng(0), (p.support, p.forget)
+    A, g = module.request_gradient(p.h, p.net, request, p.data, p.split, p.original, args, rng)
+    return A, flat(g)
 
 
 def unlearn(p, module=M, h=None) -> dict:
@@ -101,7 +85,7 @@ def unlearn(p, module=M, h=None) -> dict:
 
 def plain_A(p, h, weights=None) -> tuple:
     """Eq. (8), and the authors' form of it, without the project's functions: (A, mAP weights)."""
-    images, targets, who = p.S
+    images, targets, who = p.S[0].double(), *p.S[1:]
     theta = {k: t.clone().requires_grad_() for k, t in p.theta.items()}
     loss = h(*functional_call(p.net, theta, (images,)), targets, who)
     g = torch.autograd.grad(loss, list(theta.values()))
@@ -133,14 +117,15 @@ def plain_A(p, h, weights=None) -> tuple:
 def test_A_is_equation_8(small, preset):
     p = problem(small, "--preset", preset)
     expected = pytest.approx(plain_A(p, p.h)[0], rel=1e-5)  # the original's outputs are float32
-    assert forward(p)[0] == expected and double(p)[0] == expected
+    assert gradient(p)[0] == expected and gradient(p, "double")[0] == expected
     assert len(p.sets) == (1 if preset == "paper" else 2)
 
 
 def test_both_meta_gradients_against_finite_differences_of_equation_8(small):
     """Every coordinate of a small phi, central differences of a formula written in this file."""
     p = problem(small, "--inputs", "logits,features", hidden=2)
-    with torch.no_grad():  # exact constants in place of those from float32
+    p.split["val"] = p.sets[0]["v"]  # a small D_v, and its exact outputs in place of float32
+    with torch.no_grad():
         logits = p.net(D.raw_batch(p.data, p.split["val"]).double())[1]
     y = p.data["targets"][p.split["val"]].double()
     p.original["v0"] = F.binary_cross_entropy_with_logits(logits, y), common.score(logits, y)
@@ -148,41 +133,38 @@ def test_both_meta_gradients_against_finite_differences_of_equation_8(small):
     for by in 1e-4 * torch.eye(sum(q.numel() for q in p.h.parameters()), dtype=torch.float64):
         A = [plain_A(p, shifted(p.h, signed), weights)[0] for signed in (by, -by)]
         slopes.append((A[0] - A[1]) / 2e-4)
-    for way in (forward, double):
-        assert relative(way(p)[1], torch.tensor(slopes, dtype=torch.float64)) < 1e-6
+    for way in ("forward", "double"):
+        assert relative(gradient(p, way)[1], torch.tensor(slopes, dtype=torch.float64)) < 1e-6
 
 
 @pytest.mark.parametrize("extra", VARIANTS.values(), ids=VARIANTS)
 def test_forward_equals_double_backward_and_finite_differences(small, extra):
     """The latter along a random direction of phi, with the mAPs held constant."""
     p = problem(small, *extra)
-    gradient = forward(p)[1]
-    assert relative(gradient, double(p)[1]) < 1e-10
-    noise = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0)).double()
-    along = gradient / gradient.norm() + 0.1 * noise / noise.norm()
-    assert slope(along, 1e-5, *arguments(p)) == pytest.approx(float(gradient @ along), rel=1e-6)
+    exact, f = gradient(p)[1], M.model_function(p.net)
+
+    def A(theta_u):
+        return M.auxiliary(f, theta_u, p.sets, p.data, p.original, p.args)
+
+    request = (p.h, f, A, p.theta, p.S, p.args.eta)
+    double = flat(M.meta_gradient_double(*request)[1])
+    assert torch.equal(gradient(p, "double")[1], double) and not torch.equal(exact, double)
+    assert relative(exact, double) < 1e-10
+    noise = torch.randn(len(exact), generator=torch.Generator().manual_seed(0)).double()
+    along = exact / exact.norm() + 0.1 * noise / noise.norm()
+    assert slope(along, 1e-5, *request) == pytest.approx(float(exact @ along), rel=1e-6)
 
 
 def test_forward_equals_double_with_classes_batch_norm_and_dropout(small):
     p = problem(small, model="resnet10t", classes=True)
-    assert relative(forward(p)[1], double(p)[1]) < 1e-10
+    assert relative(gradient(p)[1], gradient(p, "double")[1]) < 1e-10
     q, found = problem(small, "--dropout", "0.5"), []
     q.h.train()
-    for way, seed in ((forward, 3), (double, 3), (forward, 4)):
+    for way, seed in (("forward", 3), ("double", 3), ("forward", 4)):
         torch.manual_seed(seed)
-        found.append(way(q)[1])
+        found.append(gradient(q, way)[1])
     assert relative(found[0], found[1]) < 1e-10
     assert relative(found[2], found[0]) > 1e-3  # the masks matter
-
-
-@pytest.mark.parametrize("way", [forward, double])
-def test_request_gradient_is_the_meta_gradient_of_its_request(small, way):
-    p = problem(
-        small, "--hypergradient", way.__name__, "--preset", "selective", dtype=torch.float32
-    )
-    rng, request = np.random.default_rng(0), (p.support, p.forget)
-    A, found = M.request_gradient(p.h, p.net, request, p.data, p.split, p.original, p.args, rng)
-    assert A == way(p)[0] and torch.equal(flat(found), way(p)[1])
 
 
 def dropout_acts(p, module) -> bool:
@@ -200,10 +182,10 @@ def test_unlearning_draws_no_dropout_masks(small):
 def differs(p, module) -> bool:
     """Whether A, its gradient or the step of unlearning are not those of the true source."""
     try:
-        A, gradient = forward(p, module)
+        A, g = gradient(p, module=module)
     except RuntimeError:  # autograd itself refuses
         return True
-    moved = relative(gradient, p.exact[1]) > 1e-3 or abs(A / p.exact[0] - 1) > 1e-3
+    moved = relative(g, p.exact[1]) > 1e-3 or abs(A / p.exact[0] - 1) > 1e-3
     return moved or dropout_acts(p, module)
 
 
@@ -212,7 +194,7 @@ def problems(small):
     """With learned step sizes, and with pairs of images; their true gradients; parts of a set."""
     found = [problem(small, *extra) for extra in (["--alpha-step", "0.1"], ["--preset", "code"])]
     for p in found:
-        p.exact, p.args.meta_batch_size = double(p), 4
+        p.exact, p.args.meta_batch_size = gradient(p, "double"), 4
     return found
 
 
@@ -249,6 +231,7 @@ def test_mutants_of_the_meta_gradient_are_caught(problems, old, new):
     assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in metaunlearn.py"
     mutant = types.ModuleType("mutant")
     exec(compile(source.replace(old, new), "mutant", "exec"), mutant.__dict__)
+    mutant.PAIR = M.PAIR
     assert not any(differs(p, M) for p in problems)
     assert any(differs(p, mutant) for p in problems)
 
@@ -256,10 +239,11 @@ def test_mutants_of_the_meta_gradient_are_caught(problems, old, new):
 @pytest.mark.parametrize("preset", ["paper", "code", "selective"])
 def test_parts_change_nothing_but_rounding(small, preset):
     p = problem(small, "--preset", preset, "--meta-batch-size", "256")
-    A, whole = forward(p)
+    A, whole = gradient(p)
     p.args.meta_batch_size = 2
-    for way in (forward, double):
-        assert way(p)[0] == pytest.approx(A, rel=1e-12) and relative(way(p)[1], whole) < 1e-12
+    for way in ("forward", "double"):
+        in_parts = gradient(p, way)
+        assert in_parts[0] == pytest.approx(A, rel=1e-12) and relative(in_parts[1], whole) < 1e-12
 
 
 def test_meta_step_leaves_the_model_alone(small):
@@ -267,20 +251,12 @@ def test_meta_step_leaves_the_model_alone(small):
     p = problem(small, model="resnet10t")
     before = copy.deepcopy(p.net.state_dict())
     flags_before = [q.requires_grad for q in p.net.parameters()]
-    for step in (forward, double, unlearn):
-        step(p)
+    for way in ("forward", "double"):
+        gradient(p, way)
+    unlearn(p)
     assert all(torch.equal(before[k], t) for k, t in p.net.state_dict().items())
     assert flags_before == [q.requires_grad for q in p.net.parameters()]
     assert all(q.grad is None for q in p.net.parameters()) and not p.net.training
-
-
-def test_bf16_is_close(small):
-    p = problem(small, dtype=torch.float32)
-    exact, p.args.amp = forward(p)[1], True
-    rounded = forward(p)[1]
-    assert not torch.equal(rounded, exact)  # it did run in bf16
-    # A is a difference of losses, which bf16 feels.
-    assert torch.cosine_similarity(rounded, exact, dim=0) > 0.95
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,13 +266,17 @@ def test_bf16_is_close(small):
 def test_meta_loss_is_positive_and_the_first_update_zero_but_with_preset_code(small):
     p = problem(small, dtype=torch.float32)
     assert p.h(*p.net(p.S[0]), *p.S[1:]).item() > 0
-    for p.args.preset in ("paper", "code"):
+    for preset in ("paper", "code"):
+        p.args.preset = preset
         theta_u = unlearn(p, h=M.new_meta_loss(p.net, p.data, p.split, p.args))
         same = all(torch.equal(theta_u[k], p.theta[k]) for k in p.theta)
-        assert same == (p.args.preset == "paper")
+        assert same == (preset == "paper")
 
 
-@pytest.mark.parametrize("inputs", ["logits", "features,targets", "losses", "logits,targets,ids"])
+INPUTS = ["logits", "features,targets", "losses", "logits,features,targets,ids"]
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
 def test_meta_loss_sees_its_inputs_and_nothing_else(small, inputs):
     h, rng = problem(small, "--inputs", inputs).h, torch.Generator().manual_seed(0)
     features, logits = (torch.randn(3, n, generator=rng).double() for n in (64, 13))
@@ -371,7 +351,7 @@ def test_request_sets(small):
 
 
 def test_meta_training_reads_what_access_says(small):
-    """Training and validation images; never the Support set of the real request, nor a test image."""
+    """Training and validation images; never the Support set of the real request or a test image."""
     p = problem(small, "--retain-weight", "1", dtype=torch.float32)
     optimizer = torch.optim.SGD([{"params": p.h.parameters(), "peak": 0.1}], 0.1)
     with record_reads() as read:
@@ -379,6 +359,8 @@ def test_meta_training_reads_what_access_says(small):
         M.meta_epoch(p.h, optimizer, p.net, p.data, p.split, original, 0, p.args)
     allowed = {i for name in ("retain", "forget", "val") for i in p.split[name]}
     assert set(np.concatenate(read)) == allowed
+    logits = D.predict(p.net, p.data, sorted(allowed))
+    assert torch.allclose(original["logits"][sorted(allowed)], logits, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,13 +376,15 @@ def short(small, folder):
 
 @pytest.fixture(scope="module")
 def trained(small, tmp_path_factory):
-    """A finished run that several tests read: its folder, flags, result and meta-loss."""
+    """A finished run that several tests read; its meta-loss lies in folder / where."""
     folder = tmp_path_factory.mktemp("trained")
     flags = short(small, folder)
     more = ["--export-support", str(folder / "S"), "--save", str(folder / "now.pt"), "--plot"]
     result = M.main([*flags, *more])
     meta = next((folder / "ckpt").rglob("metaunlearn-paper-seed0.meta.pt"))
-    return types.SimpleNamespace(folder=folder, flags=flags, result=result, meta=meta)
+
+    made = dict(folder=folder, flags=flags, result=result, meta=meta)
+    return types.SimpleNamespace(**made, where=meta.relative_to(folder))
 
 
 @pytest.fixture
@@ -433,8 +417,11 @@ def test_runs_repeat_exactly_from_saved_models_and_meta_loss(trained, tmp_path, 
     """Also with the meta-loss given by name; and neither run trains anything."""
     monkeypatch.setattr(M, "meta_train", None)
     monkeypatch.setattr(T, "train_epoch", None)
-    for number, more in enumerate(([], ["--meta-loss", str(trained.meta)])):
+    for number, file in enumerate((None, str(trained.meta))):
+        more = ["--meta-loss", file] if file else []
         again = M.main([*trained.flags, *more, "--out", str(tmp_path / str(number))])
+        assert again["flags"] == trained.result["flags"] | {"meta_loss": file}
+        again["flags"]["meta_loss"] = None
         assert without_clock(again) == without_clock(trained.result)
 
 
@@ -455,46 +442,30 @@ def test_a_result_that_is_there_is_shown_or_kept(copied, trained, tmp_path, caps
     assert json.loads(path.read_text()) == again
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory):
-    return tmp_path_factory.mktemp("dry")
+DRY = ["--preset code", "--preset selective", "--aux-loss scrub", "--meta-ids 2 --name two"]
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ["--preset", "code"],
-        ["--preset", "selective"],
-        ["--aux-loss", "scrub", "--name", "scrub"],
-        ["--meta-ids", "2", "--name", "two"],
-        ["--hypergradient", "double", "--held-out"],
-    ],
-)
-def test_dry_run_goes_through_everything_and_is_kept_apart(small, dry, extra):
-    result = M.main([*short(small, dry), "--dry-run", *extra])
+@pytest.mark.parametrize("extra", [*DRY, "--hypergradient double --held-out"])
+def test_dry_run_goes_through_everything_and_is_kept_apart(trained, tmp_path, extra):
+    to = ["--out", str(tmp_path), "--dry-run", *extra.split()]
+    result = M.main([*trained.flags, *to])
     assert result["setting"].endswith("-dry") and math.isfinite(result["simulated_tow"])
-    assert all(folder.name.endswith("-dry") for folder in (dry / "out").iterdir())
+    assert [folder.name for folder in tmp_path.iterdir()] == [f"small-{result['setting']}"]
     assert ("held_out" in result["access"]["meta-training"]) == ("--held-out" in extra)
-
-
-def interrupt_after(monkeypatch, module, kind):
-    """Stop the run, as Ctrl-C would, once the first checkpoint of `kind` has been written."""
-    real = common.save_checkpoint
-
-    def save(path, **content):
-        real(path, **content)
-        if content["kind"] == kind:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "save_checkpoint", save)
 
 
 def test_resumed_equals_uninterrupted(small, trained, tmp_path, monkeypatch):
     """Training and meta-training, each interrupted after an epoch: the same to the last bit."""
-    flags = [*short(small, tmp_path), "--resume"]
-    for module, kind in ((T, "partial model"), (M, "partial meta-loss")):
+    flags, real = [*short(small, tmp_path), "--resume"], common.save_checkpoint
+
+    def save_and_stop(path, kind, **content):
+        real(path, kind=kind, **content)
+        if kind in ("partial model", "partial meta-loss"):
+            raise KeyboardInterrupt  # as Ctrl-C would
+
+    for module in (T, M):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_after(patch, module, kind)
+            patch.setattr(module, "save_checkpoint", save_and_stop)
             M.main(flags)
         assert list(tmp_path.rglob("*.partial.pt"))
     assert without_clock(M.main(flags)) == without_clock(trained.result)
@@ -506,12 +477,10 @@ def test_two_processes_equal_one(small, trained, tmp_path):
     command = [*launch, "metaunlearn.py", *short(small, tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    files = dict.fromkeys(("original-seed0", "gold-seed0", "metaunlearn-paper-seed0"), "model")
-    for name, kind in (files | {"metaunlearn-paper-seed0.meta": "meta-loss"}).items():
-        one, other = (
-            common.load_checkpoint(next((folder / "ckpt").rglob(f"{name}.pt")), kind)
-            for folder in (trained.folder, tmp_path)
-        )
+    kinds = dict.fromkeys(("original-seed0", "gold-seed0", "metaunlearn-paper-seed0"), "model")
+    for name, kind in (kinds | {"metaunlearn-paper-seed0.meta": "meta-loss"}).items():
+        files = [meta.with_name(f"{name}.pt") for meta in (trained.meta, tmp_path / trained.where)]
+        one, other = (common.load_checkpoint(file, kind) for file in files)
         key = "phi" if kind == "meta-loss" else "model"
         for k, t in one[key].items():
             assert torch.allclose(t, other[key][k], rtol=1e-3, atol=1e-4), (name, k)
@@ -520,8 +489,9 @@ def test_two_processes_equal_one(small, trained, tmp_path):
 @pytest.mark.parametrize("preset", ["paper", "code", "selective"])
 def test_check_gradient_reports_all_four(trained, preset, capsys):
     errors = M.main([*trained.flags, "--check-gradient", "--preset", preset])
-    limits = (1e-10, 1e-6, 1e-3, 0.5)
-    assert [e < limit for e, limit in zip(errors.values(), limits, strict=True)] == [True] * 4
+    double, central, single, bf16 = errors.values()
+    assert double < 1e-10 and central < 1e-6 and single < 1e-3
+    assert 1e-3 < bf16 < 0.3  # it did run in bf16, which a difference of losses feels
     assert capsys.readouterr().out.count("meta-gradient, relative error of ") == 4
 
 
@@ -609,9 +579,9 @@ def test_bad_settings_get_one_line(tmp_path, capsys, monkeypatch):
     refused(capsys, "3 is no multiple of 2 processes", M.main, ["--requests-per-step", "3"])
 
 
-def test_bad_files_get_one_line_and_nothing_half_written_stays(copied, tmp_path, capsys):
-    meta, labels = next(tmp_path.rglob("*.meta.pt")), tmp_path / "S" / "labels.csv"
-    original = next(tmp_path.rglob("original-seed0.pt"))
+def test_bad_files_get_one_line_and_nothing_half_written_stays(trained, copied, tmp_path, capsys):
+    meta, labels = tmp_path / trained.where, tmp_path / "S" / "labels.csv"
+    original = meta.with_name("original-seed0.pt")
     fresh = [*copied, "--out", str(tmp_path / "fresh")]
     refused(capsys, "this run has 5", M.main, [*fresh, "--epochs", "5"])
     refused(capsys, "with eta 0.1, this run has 0.2", M.main, [*fresh, "--eta", "0.2"])
@@ -635,17 +605,18 @@ def test_bad_files_get_one_line_and_nothing_half_written_stays(copied, tmp_path,
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_default_run_forgets(tmp_path):
-    """The run that README shows first, with every default: closer to the gold model than before,
-    and by forgetting."""
-    result = M.main(places(tmp_path))
+def test_run_on_drawn_faces_forgets(tmp_path):
+    """README's first run, at 8 px and for 30 epochs, which takes a fifth of its time: nearer to the
+    gold model than before, and by forgetting."""
+    flags = [*places(tmp_path), "--image-size", "8", "--epochs", "30"]
+    result = M.main(flags)
     table = evaluate.compare(result["metrics"])
     assert result["dataset"] == "toyfaces" and result["name"] == "metaunlearn-paper"
     assert table["retrained"]["forget_lost"] > 0.05
     assert table["retrained"]["controls_that_lost_less"] == 1
     assert table["unlearned"]["tow"] > table["original"]["tow"]
     assert table["unlearned"]["forget_lost"] > 0.02
-    selective = M.main([*places(tmp_path), "--preset", "selective"])
+    selective = M.main([*flags, "--preset", "selective"])
     ours = evaluate.compare(selective["metrics"])["unlearned"]
     assert ours["tow"] > table["original"]["tow"] + 0.01
     assert ours["forget_lost"] > ours["control_lost_mean"] + 2 * ours["control_lost_std"]
