@@ -20,15 +20,18 @@ step, S Support set (one picture a person), D_f / D_r / D_v / D_te forget, retai
 test sets, N_S people in a request.
 
 Where the paper is silent, or its authors' code differs, a preset decides:
-    --preset paper      A over all of D_f and --val-images random images of D_v. The last layer of
-                        h_phi starts at 0 (ours), so that the first update is exactly 0.
+    --preset paper      A as in Eq. (8), over all of D_f. Two departures of ours: theta_u is run on
+                        --val-images random images of D_v (theta on all of it), and the last layer
+                        of h_phi starts at 0, so that the first update is exactly 0.
     --preset code       The authors' code: smooth-L1 distance in A; no gradient through
                         L_task(D_v; theta_u); A averaged over pairs of 64 images of D_f and D_v;
                         cls_token and pos_embed stay; the last layer of h_phi starts at random.
-    --preset selective  Ours: A also holds what retained people lose. No term of Eq. (8) does.
-The optimiser of phi is AdamW with amsgrad and a cosine in all of them (authors' code; the paper's
-Table 5 is missing from our copy). mAP has no gradient: it is a constant. results/LOG.md says what
-each difference changed.
+    --preset selective  Ours: A is the second term of Eq. (8) without 1 - mAP, and 0.3 times what
+                        retained people lose, of which no term of Eq. (8) speaks. h_phi sees losses,
+                        logits and targets, and a step size of each parameter is learned too.
+The optimiser of phi is AdamW with amsgrad, a cosine and no weight decay in all of them (authors'
+code; the paper's Tables 5 and 6, and the numbers of Table 4, are missing from our copy). mAP has no
+gradient: it is a constant. results/LOG.md says what each difference changed.
 """
 
 import argparse
@@ -76,7 +79,6 @@ PRESETS = {name: own | _DATASETS.get(name, {}) for name, own in TRAINING_PRESETS
 PRESETS["toyfaces", "selective"] = dict(meta_epochs=12)
 PRESETS["toyfaces", "code"] = dict(alpha=1e-4)
 PAIR = 64  # images of D_f, and of D_v, in each pair of batches of the authors' code
-UNUSED = dict(materialize_grads=True, allow_unused=True)  # what a loss does not use has gradient 0
 
 # --------------------------------------------------------------------------------------------------
 # The meta-loss h_phi (Sec. 4.2, Fig. 3)
@@ -220,10 +222,11 @@ def meta_gradient_double(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tupl
     theta = {k: p.detach().requires_grad_() for k, p in theta.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         M = h_phi(*f(theta, images), targets, who)  # Alg. 1, line 11
-        g = torch.autograd.grad(M, list(theta.values()), create_graph=True, **UNUSED)  # to phi
+        g = torch.autograd.grad(M, list(theta.values()), create_graph=True, materialize_grads=True)
+        # create_graph: g depends on phi, and dA/dphi goes through it.
     theta_u = inner_step(theta, g, h_phi.step_sizes(theta, eta))
     loss = A(theta_u)
-    return loss.item(), torch.autograd.grad(loss, list(h_phi.parameters()), **UNUSED)
+    return loss.item(), torch.autograd.grad(loss, list(h_phi.parameters()), materialize_grads=True)
 
 
 def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
@@ -239,21 +242,22 @@ def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
     z = f(leaf, images)  # (N_s, D), (N_s, K)
     z_leaf = [t.detach().requires_grad_() for t in z]
     M = h_phi(*z_leaf, targets, who)  # Alg. 1, line 11
-    g_z = torch.autograd.grad(M, z_leaf, create_graph=True, **UNUSED)
+    g_z = torch.autograd.grad(M, z_leaf, create_graph=True, materialize_grads=True)
     g = torch.autograd.grad(z, list(leaf.values()), [t.detach() for t in g_z])
-    eta = h_phi.step_sizes(theta, eta)
-    theta_u = inner_step(theta, g, [e.detach() for e in eta])
+    etas = h_phi.step_sizes(theta, eta)
+    theta_u = inner_step(theta, g, [e.detach() for e in etas])
     theta_u = {k: p.detach().requires_grad_() for k, p in theta_u.items()}
     loss = A(theta_u)
     v = torch.autograd.grad(loss, list(theta_u.values()))
-    tangent = {k: e.detach() * d for k, e, d in zip(theta, eta, v, strict=True)}
+    tangent = {k: e.detach() * d for k, e, d in zip(theta, etas, v, strict=True)}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 warns of its own torch.jit
-        _, z_dot = jvp(lambda t: f(t, images), (theta,), (tangent,))
-    along = sum((a * b).sum() for a, b in zip(g_z, z_dot, strict=True))
+        _, z_prime = jvp(lambda t: f(t, images), (theta,), (tangent,))
+    product = sum((a * b).sum() for a, b in zip(g_z, z_prime, strict=True))
     if h_phi.log_step is not None:  # theta_u also depends on phi through the step sizes themselves
-        along = along + sum((e * a * b).sum() for e, a, b in zip(eta, g, v, strict=True))
-    return loss.item(), torch.autograd.grad(-along, list(h_phi.parameters()), **UNUSED)
+        product = product + sum((e * a * b).sum() for e, a, b in zip(etas, g, v, strict=True))
+    phi = list(h_phi.parameters())
+    return loss.item(), torch.autograd.grad(-product, phi, materialize_grads=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,12 +280,12 @@ def request_sets(split: dict, support, forget, args, rng) -> list[dict]:
     size = PAIR if code else len(forget)
     many = PAIR if code else args.val_images or len(split["val"])
     everyone = split["retain"] + split["forget"]
+    others = np.setdiff1d(everyone, np.concatenate([support, forget]))
     for start in range(0, len(forget), size):
-        f = forget[start : start + size]
+        own = forget[start : start + size]
         v = rng.choice(split["val"], min(many, len(split["val"])), replace=False)
-        sets.append({"f": f, "v": v, "weight": len(f) / len(forget)})
+        sets.append({"f": own, "v": v, "weight": len(own) / len(forget)})
         if "r" in sets_in(args):
-            others = np.setdiff1d(everyone, np.concatenate([support, forget]))
             sets[-1]["r"] = rng.choice(others, min(args.retain_images, len(others)), replace=False)
     return sets
 
@@ -298,11 +302,12 @@ def auxiliary(f, theta_u: dict, sets: list[dict], data, original: dict, args) ->
             L[name] = image_losses(name, logits, targets, logits_0.to(logits), scrub).mean()
             if name != "r":
                 mAP[name] = score(logits.detach(), targets)
-        L["v0"], mAP["v0"] = original["v0"]
-        if args.preset == "code":  # of the pair's own images
+        if args.preset == "code":  # over the pair's own images, not over all of D_v
             targets = targets_of(data, part["v"])
             logits_0 = original["logits"][part["v"]].to(targets.device)
             L["v0"], mAP["v0"] = task_losses(logits_0, targets).mean(), score(logits_0, targets)
+        else:
+            L["v0"], mAP["v0"] = original["v0"]
         total = total + part["weight"] * auxiliary_loss(L, mAP, args)
     return total
 
@@ -349,13 +354,14 @@ def support_batch(data, train_ids, support) -> tuple:
 def unlearn(h_phi, f, theta: dict, S: tuple, eta: float) -> dict:
     """METAUNLEARN_unlearning(S): one step from the Support set alone. Source: Alg. 1 lines 19-22.
 
-    Arguments: as of meta_gradient; theta is not changed. Returns theta_u, {name: tensor}.
+    f: as model_function gives it. theta: {name: tensor}, which is not changed. S: as support_batch
+    gives it. Returns theta_u, {name: tensor}.
     """
     h_phi.eval()
     theta = {k: p.detach().requires_grad_() for k, p in theta.items()}
     images, targets, who = S
     M = h_phi(*f(theta, images), targets, who)  # Alg. 1, line 20
-    g = torch.autograd.grad(M, list(theta.values()), **UNUSED)
+    g = torch.autograd.grad(M, list(theta.values()), materialize_grads=True)
     theta_u = inner_step(theta, g, h_phi.step_sizes(theta, eta))  # Alg. 1, line 21
     return {k: p.detach() for k, p in theta_u.items()}
 
@@ -394,9 +400,9 @@ def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args)
     (rank, world), values = rank_and_world(), []
     n_s, epochs = args.meta_ids or args.ids, 1 if args.dry_run else args.meta_epochs
     requests = list(simulated_requests(data, split, n_s, args.seed, epoch))
-    steps = math.ceil(len(requests) / args.requests_per_step)
     if args.dry_run:
         requests = requests[: 2 * world]
+    steps = math.ceil(len(requests) / args.requests_per_step)
     for step, start in enumerate(range(0, len(requests), args.requests_per_step)):
         batch = range(start, min(start + args.requests_per_step, len(requests)))
         total = [torch.zeros_like(p) for p in h_phi.parameters()]
@@ -482,16 +488,14 @@ def meta_loss_content(data, split, args) -> dict:
 
 
 def load_meta_loss(path, model, data, split, args) -> MetaLoss:
-    """The meta-loss of a file that was made for these very weights; its flags become args'."""
+    """The meta-loss of a file that was made for these very weights, with the same flags."""
     expected = meta_loss_content(data, split, args)
-    if args.meta_loss:
-        expected = {"split": split["hash"], "model": args.model}
+    if args.meta_loss:  # one of another seed may be used
+        del expected["seed"]
     saved = load_checkpoint(path, "meta-loss", **expected)
     if any(not torch.equal(t.cpu(), saved["theta"][k]) for k, t in model.state_dict().items()):
         original = checkpoint_folder(args) / f"original-seed{args.seed}.pt"
         fail(f"{path} was learned for other weights than {original}; delete one of them")
-    for flag in META_FLAGS:
-        setattr(args, flag, saved[flag])
     h_phi = new_meta_loss(model, data, split, args)
     h_phi.load_state_dict(saved["phi"])
     say(f"meta-loss: loaded {path}")
@@ -574,7 +578,7 @@ def parse_args(argv=None):
         help="images whose activations are held at a time; changes rounding alone")
     add("--check-gradient", action="store_true",
         help="compare the meta-gradient both ways, with finite differences, in bf16; then stop")
-    add("--meta-loss", metavar="FILE", help="use this saved meta-loss; no meta-training")
+    add("--meta-loss", metavar="FILE", help="use this saved meta-loss and its flags, not a new one")
     add("--support", metavar="DIR",
         help="with --meta-loss: unlearn the people in DIR (pictures, labels.csv); needs no data")
     add("--export-support", metavar="DIR", help="write the Support set there, for --support")
@@ -596,35 +600,46 @@ def input_names(text: str) -> str:
     """The argparse type of --inputs."""
     names = set(text.split(","))
     if not names <= {"logits", "features", "targets", "ids", "losses"}:
-        raise argparse.ArgumentTypeError(
-            f"{text}: name some of logits, features, targets, ids, losses"
-        )
+        what = "some of logits, features, targets, ids, losses"
+        raise argparse.ArgumentTypeError(f"{text}: name {what}")
     if names <= {"targets", "ids"}:
-        raise argparse.ArgumentTypeError(
-            f"{text}: name logits, features or losses, which depend on theta"
-        )
+        what = "logits, features or losses, which depend on theta"
+        raise argparse.ArgumentTypeError(f"{text}: name {what}")
     return text
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = common.choose_device(args)
-    common.start_processes(device)
+    if args.check_gradient and device.type == "mps":
+        device = torch.device("cpu")  # MPS has no float64
     if args.support:
         return unlearn_from_files(args, device)
+    if args.meta_loss:
+        saved = load_checkpoint(args.meta_loss, "meta-loss")
+        vars(args).update({flag: saved[flag] for flag in META_FLAGS})
     folders = [args.checkpoint_dir, args.out, args.export_support]
     common.check_writable(*filter(None, folders), file=args.save)
     flags, label = evaluate.flags_of(args), f"METAUNLEARN {args.preset}"
     name = evaluate.run_name(f"metaunlearn-{args.preset}", args)
     result = None if args.check_gradient else evaluate.earlier_result(name, args, flags)
-    if result:
+    if result and not args.export_support:
         return evaluate.show({label: result})
+    common.start_processes(device)
     data, split = open_data(args, device)
+    if args.export_support and rank_and_world()[0] == 0:
+        write_pictures(data, split["support"], args.export_support)
+    if result:
+        common.stop_processes()
+        return evaluate.show({label: result})
     if args.check_gradient:
+        # It stands with the tests, which use its finite differences too.
         sys.path.insert(0, str(pathlib.Path(__file__).parent / "tests"))
         from check_gradient import check_gradient
 
-        return check_gradient(train("original", data, split, args)[0], data, split, args)
+        found = check_gradient(train("original", data, split, args)[0], data, split, args)
+        common.stop_processes()
+        return found
     model, gold, seconds = train_both(data, split, args)
     path = checkpoint_folder(args) / f"{name}-seed{args.seed}.meta.pt"
     if args.meta_loss or (path.is_file() and not args.overwrite):
@@ -654,14 +669,10 @@ def main(argv=None):
     access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}
     more = dict(simulated_tow=simulated, ascent_step=ascent_step)
     if rank_and_world()[0] == 0:
-        saved = models["unlearned"]
-        result = evaluate.report(
-            name, saved, rows, seconds, access, flags, data, split, args, **more
-        )
+        about = name, models["unlearned"], rows, seconds, access, flags, data, split, args
+        result = evaluate.report(*about, **more)
         evaluate.show({label: result})
         say(f"meta-loss: {args.meta_loss or path}")
-        if args.export_support:
-            write_pictures(data, split["support"], args.export_support)
     common.stop_processes()
     return result
 

@@ -202,10 +202,10 @@ def problems(small):
 MUTANTS = {
     "first order: no graph from g to phi": ("z_leaf, create_graph=True", "z_leaf, retain_graph=1"),
     "sign of the inner step": ("p - e * g for", "p + e * g for"),
-    "features forgotten in the product": ("(g_z, z_dot, strict", "(g_z[1:], z_dot[1:], strict"),
+    "features forgotten in the product": ("(g_z, z_prime, strict", "(g_z[1:], z_prime[1:], strict"),
     "eta forgotten": ("k: e.detach() * d for", "k: d for"),
-    "step sizes' own gradient forgotten": ("along = along + sum(", "sum("),
-    "sign of the meta-gradient": ("grad(-along", "grad(along"),
+    "step sizes' own gradient forgotten": ("product = product + sum(", "sum("),
+    "sign of the meta-gradient": ("grad(-product", "grad(product"),
     "v of the last set only": ("scrub).mean()",
         "scrub).mean()\n            L = {k: L[k] if k == name else L[k].detach() for k in L}"),
     "A of the last pair only": ('total + part["weight"] *', 'part["weight"] *'),
@@ -218,7 +218,7 @@ MUTANTS = {
     "gradient through it in the authors' code": ('E["v"].detach() if code', 'E["v"] if code'),
     "no accuracy weight": ("1 - a if args.accuracy_weight else 1.0", "1.0"),
     "accuracy instead of error": ("1 - a if args.accuracy_weight", "a if args.accuracy_weight"),
-    "all of D_v for a pair": ('"code":  # of the pair', '"":  # of the pair'),
+    "all of D_v for a pair": ('"code":  # over the pair', '"":  # over the pair'),
     "no eval": ("h_phi.eval()\n    theta", "theta"),
 }
 # fmt: on
@@ -433,10 +433,15 @@ def test_a_result_that_is_there_is_shown_or_kept(copied, trained, tmp_path, caps
         assert M.main([*copied, "--seed", "0"]) == trained.result
         assert "METAUNLEARN paper" in capsys.readouterr().out
         refused(capsys, "was made with --eta 0.1", M.main, other)
+    assert M.main([*copied, "--export-support", str(tmp_path / "later")]) == trained.result
+    assert len(list((tmp_path / "later").glob("*.png"))) == 4
     own = M.main([*other, "--name", "far"])
     assert own["name"] == "metaunlearn-paper-far" and own["flags"]["eta"] == 0.2
     assert path.with_name("metaunlearn-paper-far-seed0.json").is_file()
     assert path.read_bytes() == written and M.main([*other, "--name", "far"]) == own
+    meta = next(tmp_path.rglob("metaunlearn-paper-far-seed0.meta.pt"))
+    borrowed = M.main([*copied, "--meta-loss", str(meta), "--out", str(tmp_path / "borrowed")])
+    assert borrowed["flags"]["eta"] == 0.2 and borrowed["metrics"] == own["metrics"]  # its own eta
     again = M.main([*other, "--overwrite"])  # the meta-loss is learned anew, too
     assert again["metrics"] == own["metrics"] != trained.result["metrics"]
     assert json.loads(path.read_text()) == again
