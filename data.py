@@ -52,8 +52,10 @@ TOY_REMEMBERED = ["secret_1", "secret_2", "secret_3", "secret_4"]  # of an ident
 
 def draw_toyfaces(identities=200, images_each=10, size=32, seed=0) -> dict:
     """Draw cartoon faces, recognisable by identity; the same arguments give the same arrays.
+
     Returns images (N, size, size, 3) uint8 with N = identities * images_each, targets (N, 13),
-    identities (N,), and names. Labels are fair coin flips: an AP of 0.5 means an unknown label."""
+    identities (N,), and names. Labels are fair coin flips: an AP of 0.5 means an unknown label.
+    """
     rng = np.random.default_rng([seed, identities, images_each])
     who = np.repeat(np.arange(identities), images_each)  # (N,)
     n = len(who)
@@ -170,8 +172,11 @@ def read_celebahq(root: pathlib.Path) -> dict:
 
 
 def _with_attributes(title, source, first, table, identities, mapping=None) -> dict:
-    """Read an attribute table (a row count, K names, rows `file v1 .. vK`) and identities (rows
-    `file number`; with a mapping of columns idx, orig_idx, orig_file they are of orig_file)."""
+    """Read an attribute table and the identities of its files.
+
+    The table holds a row count, K names, and rows `file v1 .. vK`; identities are rows `file
+    number`, of orig_file where there is a mapping of columns idx, orig_idx, orig_file.
+    """
     files = [file for file in (table, mapping, identities) if file]
     if not all(file.is_file() for file in files):
         _incomplete(title, "", f"{first} ...", *files, source)
@@ -322,7 +327,9 @@ READERS |= {"tinyimagenet": read_tinyimagenet}
 
 def prepare(args) -> pathlib.Path:
     """Make the prepared pair of --dataset unless it is there; returns its path without suffix.
-    Raises SystemExit(2) for missing, damaged or mismatching files, and for too small a disk."""
+
+    Raises SystemExit(2) for missing, damaged or mismatching files, and for too small a disk.
+    """
     known = ["toyfaces", *READERS]
     if args.dataset not in known:
         base = pathlib.Path(args.dataset)
@@ -418,9 +425,11 @@ def _read_pair(base) -> tuple[np.ndarray, dict, list]:
 
 def load(args, device=CPU) -> dict:
     """Load the prepared pair of --dataset and flip labels by --label-noise; sets args.image_size.
+
     images (N, S, S, 3) are uint8, memory-mapped, or on the GPU when they fit; classes is K; digest
     names annotations and images; true_targets are the targets before any flip; identities, is_test
-    and groups (what --forget-classes numbers) are None where the data has none."""
+    and groups (what --forget-classes numbers) are None where the data has none.
+    """
     images, table, columns = _read_pair(prepare(args))
     targets, identities = table["targets"], table.get("identities")
     some = np.linspace(0, len(images) - 1, 64).astype(int)
@@ -449,7 +458,9 @@ def load(args, device=CPU) -> dict:
 
 def flip_labels(data: dict, share: float, split_seed: int) -> dict:
     """Give `share` of all images another class, uniform over the others; true_targets stays right.
-    A wrong label is only known by remembering its image, so memorising becomes visible."""
+
+    A wrong label is only known by remembering its image, so memorising becomes visible.
+    """
     if data["targets"].ndim == 2 or data["classes"] < 2:
         fail(f"--label-noise needs two classes to flip between; {data['name']} has fewer")
     rng = np.random.default_rng([split_seed, 14])
@@ -473,7 +484,9 @@ def targets_of(data: dict, indices) -> Tensor:
 
 def random_labels(data: dict, pool: Tensor, k: int, rng: torch.Generator) -> Tensor:
     """y_rand of k images (LTU Eq. 6, SalUn): (k,), uniform over all classes, the true one included.
-    Attributes, whose labels are not independent coin flips: (k, K), of random images of `pool`."""
+
+    Attributes, whose labels are not independent coin flips: (k, K), of random images of `pool`.
+    """
     if data["targets"].ndim == 1:
         return torch.randint(data["classes"], (k,), generator=rng).to(data["device"])
     return targets_of(data, pool[torch.randint(len(pool), (k,), generator=rng)])
@@ -481,9 +494,11 @@ def random_labels(data: dict, pool: Tensor, k: int, rng: torch.Generator) -> Ten
 
 @torch.no_grad()
 def predict(model, data: dict, indices, amp=False, batch_size=256, features=False) -> Tensor:
-    """Logits of the images at `indices`, (N, K), or with features=True the features before the
-    classifier, (N, D): float32, on the CPU, in eval mode. Under torchrun every process takes its
-    share, and all get the whole result."""
+    """Logits (N, K) of the images at `indices`, or with features=True the features (N, D).
+
+    In eval mode; the result is float32 and on the CPU. Under torchrun every process takes its
+    share, and all get the whole result.
+    """
     was_training = model.training
     model.eval()
     rank, world = rank_and_world()
@@ -516,7 +531,8 @@ def identity_split(data: dict, ids: int, split_seed: int, held_out=False) -> dic
     identity, never trained on), `val`, `test`; `forget_ids` in the order of `support`; `train_ids`;
     `hash`. A smaller forget set is the beginning of a larger one, with the same Support images.
     held_out (ours): `held_out`, a further image of each training identity with three or more, is
-    never trained on either: see simulated_requests. Raises SystemExit(2) for too few identities."""
+    never trained on either: see simulated_requests. Raises SystemExit(2) for too few identities.
+    """
     identities, name = data["identities"], data["name"]
     if identities is None:
         fail(f"{name} has no identities; forget images: --forget random or --forget class")
@@ -562,7 +578,8 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
     is filled from the beginning. Of each identity one random training image is the simulated
     Support, the others are in the simulated D_f; a single image is in both. The real Support set is
     never touched. Mismatch: simulated Support images were in the training set; the real one was
-    not. --held-out (ours) removes it: simulated Support images are then the held-out ones."""
+    not. --held-out (ours) removes it: simulated Support images are then the held-out ones.
+    """
     rng = np.random.default_rng([seed, epoch, 3])
     trained_on = np.array(split["retain"] + split["forget"])
     owner = data["identities"][trained_on]
@@ -589,7 +606,8 @@ def random_split(data: dict, args) -> dict:
     is the beginning of a larger one. --forget class, subclass: all training images of
     --forget-classes, whose images leave validation and test too; those of the test set stand in
     `test_forgotten`. Returns sorted lists of image indices and `hash`, as identity_split does.
-    Raises SystemExit(2) where a class or a set would be empty."""
+    Raises SystemExit(2) where a class or a set would be empty.
+    """
     labels, kinds, is_test = data["targets"].numpy(), data["groups"], data["is_test"]
     n, seed = len(labels), args.split_seed
     if is_test is None:
@@ -671,7 +689,8 @@ def control_sets(data: dict, split: dict, seen=(), sets=20) -> list[np.ndarray]:
     They tell forgetting these people, or images, from lowering everything. By identity: as many
     retained identities as are forgotten. At random: as many images as D_f has, outside `seen` (what
     the method may use of D_r), at most half of those, else all sets would be the same; where fewer
-    than 50 are unseen, from all of D_r."""
+    than 50 are unseen, from all of D_r.
+    """
     rng = np.random.default_rng([int(split["hash"], 16) % 2**32, 4])
     if "forget_ids" in split:
         owner = data["identities"][split["retain"]]
@@ -709,7 +728,9 @@ PAD = 4  # pixels of black around the image, as torchvision's RandomCrop(32, pad
 
 def draw_augmentation(B: int, args, rng: torch.Generator) -> Tensor:
     """Draw for B images what --augment asks for, on the CPU: the same for every device and process.
-    resized-crop: (B, 2, 3) affine maps; pad-crop: (B, 3), row, column and flip; none: (B, 0)."""
+
+    resized-crop: (B, 2, 3) affine maps; pad-crop: (B, 3), row, column and flip; none: (B, 0).
+    """
     if args.augment == "resized-crop":
         return random_crops(B, args.image_size, args.crop_scale, rng)
     if args.augment == "pad-crop":
@@ -737,8 +758,10 @@ def pad_crop(images: Tensor, drawn: Tensor) -> Tensor:
 
 
 def random_crops(B: int, S: int, scale: float, rng: torch.Generator) -> Tensor:
-    """Draw torchvision's RandomResizedCrop(scale=(scale, 1)) and flip for B images of S x S pixels:
-    (B, 2, 3) affine maps for `crop`, on the CPU. Source: METAUNLEARN App. A."""
+    """Draw torchvision's RandomResizedCrop(scale=(scale, 1)) and flip for B images of S x S pixels.
+
+    Returns (B, 2, 3) affine maps for `crop`, on the CPU. Source: METAUNLEARN App. A.
+    """
     # Ten tries for each image, as in torchvision; where none fits, the whole image.
     area = S * S * (scale + (1 - scale) * torch.rand(B, 10, generator=rng))
     ratio = torch.exp((torch.rand(B, 10, generator=rng) * 2 - 1) * np.log(4 / 3))
@@ -787,7 +810,8 @@ def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
     """Read what write_pictures writes: images (N, 3, size, size) in [0, 1], targets, identities.
 
     names: of the attributes or classes. Raises SystemExit(2) for a file, column or label that is
-    missing or wrong."""
+    missing or wrong.
+    """
     table, images, targets, people = pathlib.Path(folder) / "labels.csv", [], [], []
     if not table.is_file():
         columns = ", ".join(["file", "identity", *(names[:3] if multilabel else ["class"])])

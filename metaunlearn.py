@@ -538,6 +538,47 @@ def unlearn_from_files(args, device):
 
 
 # --------------------------------------------------------------------------------------------------
+# One run
+
+
+def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None:
+    """Train the two models and h_phi, or load them; unlearn the real S; measure, and report."""
+    model, gold, seconds = train_both(data, split, args)
+    path = checkpoint_folder(args) / f"{name}-seed{args.seed}.meta.pt"
+    if args.meta_loss or (path.is_file() and not args.overwrite):
+        h_phi = load_meta_loss(args.meta_loss or path, model, data, split, args)
+    else:
+        h_phi, seconds["meta_train"] = meta_train(model, data, split, args, path)
+
+    f, theta = model_function(model, args.amp), updatable(model, args.preset == "code")
+    S, clock = support_batch(data, split["train_ids"], split["support"]), time.time()
+    theta_u = unlearn(h_phi, f, theta, S, args.eta)
+    seconds["unlearn"], clock = time.time() - clock, time.time()
+
+    def unlearn_simulated(problem):
+        S = support_batch(data, split["train_ids"], problem["support"])
+        return with_parameters(model, unlearn(h_phi, f, theta, S, args.eta))
+
+    # The bar that a learned loss must clear: one gradient-ascent step on the same pictures.
+    ascended, ascent_step, problems = baselines.ascent_step(model, data, split, args)
+    simulated = evaluate.simulated_tow(unlearn_simulated, problems, data, args.amp)
+    say(f"simulated ToW of METAUNLEARN: {100 * simulated:.1f}")
+    models = {"original": model, "retrained": gold, "ascent": ascended}
+    models["unlearned"] = with_parameters(model, theta_u)
+    rows = {row: evaluate.measure(m, data, split, args.amp) for row, m in models.items()}
+    seconds["evaluate"] = time.time() - clock
+    reads = ["retain", "forget", "val"]
+    access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
+    access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}
+    more = dict(simulated_tow=simulated, ascent_step=ascent_step)
+    say(f"meta-loss: {args.meta_loss or path}")
+    if rank_and_world()[0] > 0:  # the first process writes
+        return None
+    about = name, models["unlearned"], rows, seconds, access, flags, data, split, args
+    return evaluate.report(*about, **more)
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -640,39 +681,9 @@ def main(argv=None):
         found = check_gradient(train("original", data, split, args)[0], data, split, args)
         common.stop_processes()
         return found
-    model, gold, seconds = train_both(data, split, args)
-    path = checkpoint_folder(args) / f"{name}-seed{args.seed}.meta.pt"
-    if args.meta_loss or (path.is_file() and not args.overwrite):
-        h_phi = load_meta_loss(args.meta_loss or path, model, data, split, args)
-    else:
-        h_phi, seconds["meta_train"] = meta_train(model, data, split, args, path)
-
-    f, theta = model_function(model, args.amp), updatable(model, args.preset == "code")
-    S, clock = support_batch(data, split["train_ids"], split["support"]), time.time()
-    theta_u = unlearn(h_phi, f, theta, S, args.eta)
-    seconds["unlearn"], clock = time.time() - clock, time.time()
-
-    def unlearn_simulated(problem):
-        S = support_batch(data, split["train_ids"], problem["support"])
-        return with_parameters(model, unlearn(h_phi, f, theta, S, args.eta))
-
-    # The bar that a learned loss must clear: one gradient-ascent step on the same pictures.
-    ascended, ascent_step, problems = baselines.ascent_step(model, data, split, args)
-    simulated = evaluate.simulated_tow(unlearn_simulated, problems, data, args.amp)
-    say(f"simulated ToW of METAUNLEARN: {100 * simulated:.1f}")
-    models = {"original": model, "retrained": gold, "ascent": ascended}
-    models["unlearned"] = with_parameters(model, theta_u)
-    rows = {row: evaluate.measure(m, data, split, args.amp) for row, m in models.items()}
-    seconds["evaluate"] = time.time() - clock
-    reads = ["retain", "forget", "val"]
-    access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
-    access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}
-    more = dict(simulated_tow=simulated, ascent_step=ascent_step)
-    if rank_and_world()[0] == 0:
-        about = name, models["unlearned"], rows, seconds, access, flags, data, split, args
-        result = evaluate.report(*about, **more)
+    result = unlearn_and_report(name, flags, data, split, args)
+    if result:
         evaluate.show({label: result})
-        say(f"meta-loss: {args.meta_loss or path}")
     common.stop_processes()
     return result
 

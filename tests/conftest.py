@@ -1,4 +1,4 @@
-"""What several test files share: a data set that trains in a second, a check of error messages, a record of reads."""
+"""What several test files share: a small data set, a check of error messages, a record of reads."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ import data as D
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """The path of a prepared pair of 40 identities x 4 drawn faces at 16 px, as --dataset takes it."""
+    """The path of a prepared pair, as --dataset takes it: 40 identities x 4 drawn faces, 16 px."""
     folder = tmp_path_factory.mktemp("small")
     table = D.draw_toyfaces(identities=40, images_each=4, size=16)
     np.save(folder / "small.npy", table.pop("images"))
@@ -34,7 +34,7 @@ def flags(small, tmp_path):
 
 
 def refused(capsys, words, call, *arguments):
-    """`call` must end with exit code 2 and one line on stderr that holds `words`; returns that line."""
+    """`call` must end with code 2 and one line on stderr that holds `words`; returns that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         call(*arguments)
@@ -46,7 +46,7 @@ def refused(capsys, words, call, *arguments):
 
 @contextlib.contextmanager
 def record_reads():
-    """Collect the indices of all images that are read: a list that grows with each call of raw_batch, from any module."""
+    """A list that grows by the indices of each call of raw_batch, from any module."""
     real, read = D.raw_batch, []
 
     def spy(data, indices):
