@@ -832,7 +832,8 @@ def run_and_report(method, model, both, data, split, sets, seconds, args, flags)
     except FloatingPointError as error:
         if len(args.method) == 1:
             fail(str(error))
-        return say(f"{error}; left out")
+        say(f"{error}; left out")
+        return None
     begin, seen = time.time(), sets["retain"].tolist()
     rows = both | {"unlearned": evaluate.measure(student, data, split, args.amp, seen)}
     seconds = seconds | {"unlearn": took, "evaluate": time.time() - begin}
@@ -938,6 +939,8 @@ def main(argv=None):
             method, model, both, data, split, sets, seconds, args, flags[method]
         )
     results = {METHODS[method]["label"]: result for method, result in results.items() if result}
+    if not results:
+        fail("every method diverged; lower their steps")
     evaluate.show(results)
     return results
 

@@ -114,7 +114,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser):
     add("--seed", type=whole, default=0, help="training and noise")
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, mps")
     add("--amp", action=argparse.BooleanOptionalAction, default=None,
-        help="bf16 autocast; None: on CUDA alone")
+        help="bf16 autocast; left out: on CUDA alone")
     add("--data-dir", default="data", help="the publishers' files, and prepared/ arrays")
     add("--checkpoint-dir", default="checkpoints", help="models, splits and meta-losses")
     add("--resume", action="store_true", help="go on where an interrupted run left off")
@@ -289,7 +289,7 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
         fail(f"--model {name} at {image_size} px cannot be built ({reason}); {hint}")
     if weights and not own:
         _check_that_weights_were_loaded(net, name, outputs, image_size, init, seed)
-    # Without a mean of their own, images are scaled to [-1, 1]; SalUn has CIFAR's mean.
+    # A model without statistics of its own gets images scaled to [-1, 1]; SalUn uses CIFAR's.
     cfg = {} if own else net.pretrained_cfg
     model = Net(net, cfg.get("mean", (0.5, 0.5, 0.5)), cfg.get("std", (0.5, 0.5, 0.5)))
     try:
@@ -339,7 +339,7 @@ def _check_that_weights_were_loaded(net, name, outputs, image_size, init, seed):
         _timm_net(name, outputs, image_size, "none", None).state_dict(),
         net.state_dict(),
     )
-    # Norms and biases start at 0 or 1 in any model; matrices tell.
+    # Norms and biases start at 0 or 1 in any model, so only matrices are compared.
     matrices = [k for k, t in fresh.items() if t.ndim > 1]
     if sum(not torch.equal(loaded[k], fresh[k]) for k in matrices) < len(matrices) / 2:
         fail(f"--init {init} does not hold the weights of {name}")
@@ -568,7 +568,7 @@ def load_checkpoint(path, kind: str, **expected) -> dict:
         fail(f"no {kind} at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a text, a truncated zip, a pickle that would run code: each has its own
+    except Exception:  # a text, a truncated zip, a pickle that would run code: each differs
         fail(f"{path} is no checkpoint that can be loaded safely; delete it or name another file")
     if not isinstance(content, dict) or content.get("kind") != kind:
         fail(f"{path} is no {kind} checkpoint of this project")

@@ -44,6 +44,17 @@ from common import (
 
 CPU = torch.device("cpu")
 FORMAT = 1  # of prepared pairs: a pair of another format is prepared again
+# What --dataset brings along; a flag on the command line wins. train.py adds the recipes.
+PRESETS = {
+    "toyfaces": dict(ids=10),
+    "celebahq": dict(ids=20, image_size=224),
+    "celeba": dict(ids=5, image_size=224),
+    "qmnist": dict(ids=20),
+    "digits": dict(forget="random", image_size=8, label_noise=0.1),
+    "cifar10": dict(forget="random", image_size=32),
+    "cifar100": dict(forget="random", image_size=32),
+    "tinyimagenet": dict(forget="random", image_size=64),
+}
 
 TOY_PER_IMAGE = ["smile", "mouth_open", "glasses", "hat", "tilt"]  # visible, new in each image
 TOY_PER_IDENTITY = ["blond", "beard", "pale", "long_hair"]  # visible, the same in all images
@@ -543,7 +554,7 @@ def identity_split(data: dict, ids: int, split_seed: int, held_out=False) -> dic
     if min(len(train), len(val), len(test)) == 0:
         fail(f"{name}: {len(unique)} identities are too few for train, validation and test")
     candidates = np.random.default_rng([split_seed, 1]).permutation(train)
-    eligible = candidates[count[candidates] > 1]  # else an identity in S could have no image in D_f
+    eligible = candidates[count[candidates] > 1]  # with a single image, in S, none would be in D_f
     most = min(len(eligible), len(train) - 1)
     if ids > most:
         why = "they need two images, and someone must stay"
@@ -843,11 +854,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     add_shared_arguments(parser)
     parser.add_argument("--annotations-only", action="store_true", help="split without any picture")
-    presets = {name: {"image_size": 224} for name in ("celeba", "celebahq")}
-    presets["digits"] = {"image_size": 8, "forget": "random", "label_noise": 0.1}
-    presets["cifar10"] = presets["cifar100"] = {"image_size": 32, "forget": "random"}
-    presets["tinyimagenet"] = {"image_size": 64, "forget": "random"}
-    return parse_with_presets(parser, presets, argv)
+    return parse_with_presets(parser, PRESETS, argv)
 
 
 def main(argv=None):

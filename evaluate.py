@@ -1,7 +1,7 @@
-"""Everything after unlearning that all methods share: measuring, choosing, reporting; tables.
+"""What all methods share: measuring, choosing settings, reporting; tables, attacks, figures.
 
 Usage:
-    python evaluate.py --table ltu1                      # LTU's Table 1, from ours, digits-10.jsonl
+    python evaluate.py --table ltu1                      # LTU's Table 1, from our digits-10.jsonl
     python evaluate.py --table mu1 --results results/faces-small-10.jsonl
     python evaluate.py --table all --results runs/digits-*        # from folders of runs of your own
     python evaluate.py --pack mine.jsonl --results runs/digits-*  # append them to a packed file
@@ -117,10 +117,11 @@ def compare(rows: dict) -> dict:
 def simulated_problems(model, data, split, args, images=256) -> list[dict]:
     """Simulated unlearning requests by which the settings of an identity method may be chosen.
 
-    The gold model is replaced by what it should look like: the original itself on (at most
-    `images`) retained and validation images, and on forgotten ones the score that the original has
-    on as many validation identities (mean of 10 draws). Each problem holds index arrays `support`
-    and `sets`, and the scores `want`. Source: ours, after Eq. (7).
+    A simulated request has no gold model, so the scores to aim at are estimated. On retained and
+    validation images (at most `images` of each) they are the original's own; on forgotten images,
+    its mean score on as many validation identities, over 10 draws. Each problem holds index arrays
+    `support` and `sets`, whose `test` is of validation images, and the scores `want`. Source: ours,
+    after Eq. (7).
     """
     rng = np.random.default_rng([args.seed, args.split_seed, 6])
     val, everyone = np.array(split["val"]), np.array(split["retain"] + split["forget"])
@@ -183,7 +184,7 @@ def validation_gap(unlearned, model, data, split, seen, args) -> dict | None:
 # --------------------------------------------------------------------------------------------------
 # Reporting: the one way in which every method writes, prints and draws its result
 
-# What does not make a run another one: its seeds and name, which name its file; where things lie;
+# Flags that do not distinguish runs: seeds and name, which are in the file's name; where files lie;
 # what is done with the result.
 NO_FLAGS = {"seed", "split_seed", "name", "method", "device", "data_dir", "checkpoint_dir", "out"}
 NO_FLAGS |= {"resume", "overwrite", "plot", "save", "check_gradient", "export_support", "support"}
@@ -237,7 +238,8 @@ def earlier_result(name: str, args, flags: dict) -> dict | None:
         known = result["flags"]
         compare(result["metrics"])["unlearned"]
     except (ValueError, KeyError, TypeError):
-        return say(f"{path} is cut short or of another version; it is made again")
+        say(f"{path} is cut short or of another version; it is made again")
+        return None
     for flag in sorted(known | flags):
         was, now = known.get(flag), flags.get(flag)
         if was != now:
@@ -310,7 +312,9 @@ def show(results: dict) -> dict:
     random = all("mi" in row for row in rows.values())
     lines = gap_lines(rows, seconds) if random else score_lines(rows, result["metric"])
     say("\n" + render(lines))
-    of = "images of D_r that the method never saw" if random else "identities of D_r"
+    of = "identities of D_r"
+    if random:
+        of = "images of D_r (if it has 50 that the method did not use, of these)"
     say(f"lost: score (x 100) lost on D_f, and mean +- deviation over a control, 20 sets of {of}.")
     if any("wrong" in row for row in rows.values()):
         say("\n" + render(wrong_lines(rows)))
@@ -428,8 +432,9 @@ _SUPPORT = {label: _ALL[label] for label in ("JiT", "PGU", "SSD", "GA", "Influen
 _OTHERS = {label: _ALL[label] for label in ("FT", "RandL", "Amnesiac", "Fisher", "SalUn")}
 _META = {"METAUNLEARN": "metaunlearn-paper"}
 _LTU = {"LTU": "ltu"}
-# {table: {label: name of the run}}. The last row is the one with which the others are compared;
-# Trained, Retrained and the second gold model stand above them in every table.
+_RHO = {label: _ALL[label] for label in ("FT", "RandL", "BadT", "SalUn")}
+# {table: {label: name of the run}}. The rows METAUNLEARN and LTU are those with which the others are
+# compared; Trained, Retrained and the second gold model stand above them in every table.
 TABLES = {
     "mu1": {
         "Bad Teacher": "badt",
@@ -458,7 +463,11 @@ TABLES = {
     "mu-others": _OTHERS | _META,
     "mu-pictures": {label: f"{name}-all-pictures" for label, name in _SUPPORT.items()} | _META,
     "ltu1": _ALL | _LTU,
-    "ltu2": {},
+    "ltu2": {
+        f"{label}, rho {rho}": "ltu" if (name, rho) == ("ltu", 0.3) else f"{name}-rho{rho}"
+        for rho in (0.1, 0.3)
+        for label, name in {**_RHO, **_LTU}.items()
+    },
     "ltu3": {f"w/o {p}": f"ltu-no-{p.lower()}" for p in ("ForFeed", "RemFeed", "MetaOpt")} | _LTU,
     "ltu4": {"GradAdd": "ltu-add", "Iterative": "ltu-iterative", **_LTU},
     "ltu-departures": {
@@ -470,10 +479,6 @@ TABLES = {
         **_LTU,
     },
 }
-for _rho in (0.1, 0.3):
-    for _label in ("FT", "RandL", "BadT", "SalUn"):
-        TABLES["ltu2"][f"{_label}, rho {_rho}"] = f"{_ALL[_label]}-rho{_rho}"
-    TABLES["ltu2"][f"LTU, rho {_rho}"] = "ltu" if _rho == 0.3 else f"ltu-rho{_rho}"
 
 
 def labels_of(kind: str) -> dict:
@@ -541,7 +546,7 @@ def shared_flags(runs: list[dict]) -> dict:
 
 
 def filled(runs: list[dict]) -> list[dict]:
-    """Runs with the rows of the original and the gold model that a packed file leaves out."""
+    """Runs with the rows of the original and the gold model that `pack` leaves out."""
     first = {}
     for run in runs:
         if "metrics" in run:
@@ -558,12 +563,13 @@ def pack(paths, target: pathlib.Path):
         fail(f"--pack takes runs of one setting, not of {' and '.join(sorted(settings))}")
     if target.is_file():
         header, old = read_results([target])
-        fresh = {identity_of(run) for run in runs}
-        runs = [run for run in old if identity_of(run) not in fresh] + runs
+        fresh = {run_key(run) for run in runs}
+        runs = [run for run in old if run_key(run) not in fresh] + runs
     header["flags"] = shared_flags(runs)
     lines, first = [json.dumps(header, ensure_ascii=False)], {}
     left_out = {"dataset", "setting", "metric", "peak_memory_bytes", "versions", "date", "log"}
-    for run in sorted(runs, key=identity_of):
+    left_out |= {"device"}
+    for run in sorted(runs, key=run_key):
         own = {key: rounded(value) for key, value in run.items() if key not in left_out}
         own["flags"] = {k: v for k, v in run["flags"].items() if header["flags"].get(k, ...) != v}
         known = first.setdefault(run["split_seed"], own["metrics"]) if "metrics" in own else None
@@ -584,7 +590,7 @@ def rounded(value):
     return round(value, 6) if isinstance(value, float) else value
 
 
-def identity_of(run) -> tuple:
+def run_key(run) -> tuple:
     return run["name"], run["split_seed"], run["seed"]
 
 
@@ -638,7 +644,7 @@ def interval(values) -> tuple[float, float]:
 def verdict(mean: float, half: float, more_is_better: bool) -> str:
     """What a paired difference says: better, worse, or within noise where the interval holds 0."""
     if np.isnan(half):
-        return "one seed"
+        return "one split"
     if abs(mean) <= half:
         return "within noise"
     return "better" if (mean > 0) == more_is_better else "worse"
@@ -658,7 +664,7 @@ def difference(pairs, more_is_better: bool) -> str:
     """Paired difference with its interval and what it says."""
     mean, half = interval([a - b for a, b in pairs])
     said = verdict(mean, half, more_is_better)
-    if abs(mean) < 0.05 and not abs(mean) <= half:  # it would print as 0.0
+    if half < abs(mean) < 0.05:  # it would print as 0.0
         said = "no difference"
     return f"{with_half(mean, half)} ({said})"
 
@@ -690,7 +696,6 @@ def rows_of(found: dict, kind: str) -> dict:
     for label, runs in found.items():
         for k, run in runs.items():
             own, seconds = quantities(run, "unlearned", kind), run["seconds"]
-            own["floor"] = quantities(run, "original", kind)["main"]
             own["UT"] = seconds["unlearn"] + seconds.get("mi_models", 0)
             own["touches"] = ", ".join(run["access"]["unlearning"])
             table.setdefault(label, {})[k] = own
@@ -703,21 +708,20 @@ def table_lines(table: dict, kind: str, paper: dict, reference: str) -> list[lis
     if kind == "mu":
         columns, main, better = ["D_r", "D_f", "D_te"], "ToW", True
     compared = any(label.split(", ")[0] == reference for label in table)
-    against = [f"less {reference}"] if compared else []
+    against = ["Trained", reference] if compared else ["Trained"]
     ends = ["D_f less control", f"paper's {main}", "touches", "UT, s", "n"]
-    lines = [["", *columns, main, "less Trained", *against, *ends]]
-    for label, by_seed in table.items():
-        values, line = list(by_seed.values()), [label]
+    lines = [["", *columns, main, *(f"less {other}" for other in against), *ends]]
+    for label, by_split in table.items():
+        values, line = list(by_split.values()), [label]
         for c in columns:
             gap = f" ({np.mean([v[c + ' gap'] for v in values]):.1f})" if kind == "ltu" else ""
             line.append(mean_std([v[c] for v in values]) + gap)
         line.append(mean_std([v["main"] for v in values]))
-        floors = [(v["main"], v["floor"]) for v in values if "floor" in v]
-        line.append(difference(floors, better) if floors else "")
-        if compared:
-            other = ", ".join([reference, *label.split(", ")[1:]])  # LTU's Table 2: at the same rho
-            both = [k for k in by_seed if k in table.get(other, {})]
-            pairs = [(by_seed[k]["main"], table[other][k]["main"]) for k in both]
+        for other in against:
+            if other == reference:  # in LTU's Table 2 the one of the same rho
+                other = ", ".join([reference, *label.split(", ")[1:]])
+            there = table.get(other, {})
+            pairs = [(v["main"], there[k]["main"]) for k, v in by_split.items() if k in there]
             own = label in ("Trained", "Retrained", other)
             line.append("" if own or not pairs else difference(pairs, better))
         seconds = [v["UT"] for v in values if "UT" in v]
@@ -772,8 +776,9 @@ def print_tables(args, header, runs):
         what = "identities" if kind == "mu" else "random samples or classes"
         fail(f"--table {args.table} is not about these runs, which forget {what}; try --table all")
     for table, rows in TABLES.items():
-        own = list(rows.values())[: None if table in ("mu1", "ltu1") else -1]
-        wanted = args.table == "all" and table.startswith(kind) and names & set(own)
+        compared_with = set() if table in ("mu1", "ltu1") else {*_META.values(), *_LTU.values()}
+        own = names & set(rows.values()) - compared_with
+        wanted = args.table == "all" and table.startswith(kind) and own
         if table == args.table or wanted:
             shown |= print_table(table, header, runs, args.markdown, args.brief)
     if not shown:
@@ -781,7 +786,7 @@ def print_tables(args, header, runs):
     what = "ToW: more is better"
     if kind == "ltu":
         what = "average gap, of UA, RA, TA and MI (in brackets) to Retrained: less is better"
-    half = "differences paired by seed ± half of their 95 % interval"
+    half = "differences paired by split ± half of their 95 % interval"
     say(f"\nMean ± standard deviation; {half}. {what}.")
     say("D_f less control: score lost on D_f, less that lost by a control out of D_r.")
 
@@ -801,17 +806,17 @@ MEANING = {
 def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3) -> torch.Tensor:
     """How sure RMIA is that each x was trained on: the share of points z that x beats.
 
-    x beats z when LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)] reaches gamma. Pr(.)
-    is the mean over reference models that never saw the point, drawn towards 1 for the models that
-    did: Pr = ((1 + a) Pr_out + 1 - a) / 2. Shapes: x (N,), x_references (R, N), z (M,),
+    x beats z when LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)] reaches gamma. Here
+    Pr(.) = ((1 + a) Pr_out + 1 - a) / 2: Pr_out is the mean over reference models that never saw
+    the point, and the rest stands in for models that were trained on it. Shapes: x (N,), x_references (R, N), z (M,),
     z_references (R, M) -> (N,) in [0, 1]. Source: Zarifzadeh et al. 2024, the offline attack of
-    their appendix (a 0.3, gamma 2; with confidences that are means over attributes a factor of 2
+    their appendix (a 0.3, gamma 2; with confidences that are geometric means over attributes a factor of 2
     hardly occurs, so gamma is 1 here).
     """
     pairs = ((x, x_references), (z, z_references))
     ratio = [p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in pairs]
     share = (ratio[0][:, None] >= gamma * ratio[1][None]).double().mean(1)  # RMIA score
-    # A small population leaves ties at 1, in which all members would hide: there LR decides.
+    # With few points z many scores tie at 1; among ties the ratio of x decides.
     return share + 1e-9 * ratio[0] / (1 + ratio[0])
 
 
@@ -838,8 +843,9 @@ def membership(sure: dict, references: list[dict]) -> dict:
     auc, at = roc(of["forget"], of["test"])
     svc = membership_inference(sure["retain"], sure["test"], sure["forget"])
     loss_auc = roc(sure["forget"], sure["test"])[0]  # confidence is exp(-loss): the same order
-    values = (svc, loss_auc, auc, at[0.01], at[0.001])
-    return {name: 100 * value for name, value in zip(MEANING, values, strict=True)}
+    figures = {"SVC": svc, "loss AUC": loss_auc, "RMIA AUC": auc}
+    figures |= {"TPR 1 %": at[0.01], "TPR 0.1 %": at[0.001]}
+    return {name: 100 * value for name, value in figures.items()}
 
 
 def unlearned_models(args, data, split, model) -> dict:
@@ -879,7 +885,8 @@ def attack(args, device):
     result = run_header("attack", data, split, args, flags) | {"attacks": found}
     path = result_path("attack", args)
     common.write_json(path, result | common.provenance(device))
-    print_attacks({"title": f"{data['name']}, {setting(args)}"}, [result])
+    title = f"{data['name']}, {setting(args)}"
+    print_attacks({"title": title}, [result], args.markdown, args.brief)
     say(f"result: {path}")
 
 
@@ -889,7 +896,7 @@ def print_attacks(header, runs, markdown=False, brief=False):
     labels = {"original": "Trained", "gold": "Retrained", "retrain": "Second gold"}
     labels |= labels_of(kind)
     main = {*list(labels)[:3], *TABLES[f"{kind}1"].values()}
-    for run in sorted((run for run in runs if "attacks" in run), key=identity_of):
+    for run in sorted((run for run in runs if "attacks" in run), key=run_key):
         for name, values in run["attacks"].items():
             if name in main or not brief:
                 table.setdefault(name, []).append(values)
@@ -981,7 +988,6 @@ def figure(args, device):
     for split in splits:
         shown = split["forget" if args.figure == 4 else "retain"]
         own = np.array([(p["distance"], p["change"]) for p in shown])  # (n, 2)
-        own = own[np.isfinite(own).all(1)]
         # Each split's model has its own unit of distance.
         points.append(np.c_[own[:, 0] / np.median(own[:, 0]), own[:, 1]])
     rank, bins = interval([rank_correlation(*p.T) for p in points]), binned(points)
@@ -1035,7 +1041,7 @@ def hardest_people(found, path, args):
         git = ["git", "-C", str(path.parent), "check-ignore", "-q", str(path.resolve())]
         if shutil.which("git") and subprocess.run(git, capture_output=True).returncode == 1:
             fail(f"{path} could be committed, and shows real people; git must ignore --data-dir")
-    canvas, axes = pyplot().subplots(5, 6, figsize=(6, 5.75), squeeze=False, layout="constrained")
+    canvas, axes = pyplot().subplots(5, 6, figsize=(6, 5.75), layout="constrained")
     for cell in axes.flat:
         cell.axis("off")
     for line, p in zip(axes, hardest, strict=False):
@@ -1064,12 +1070,12 @@ def parse_args(argv=None):
     what.add_argument("--figure", type=int, choices=(4, 5, 6), help="draw METAUNLEARN's figure")
     add = parser.add_argument_group("tables").add_argument
     add("--results", nargs="+", metavar="PATH",
-        help="packed files, or folders of run files; None: ours of toyfaces, digits-10")
+        help="packed files, or folders of run files; left out: ours of toyfaces or digits")
     add("--markdown", action="store_true", help="print tables as Markdown")
     add("--brief", action="store_true", help="five columns; of the attacks Table 1's rows")
     add = parser.add_argument_group("attack and figures").add_argument
     add("--references", type=common.count, default=2, help="gold models beside the first for RMIA")
-    add("--rows", nargs="+", default=["metaunlearn-selective", "metaunlearn-paper", "ga"],
+    add("--rows", nargs="+", default=["metaunlearn-selective", "ga", "ssd"],
         help="runs whose mean the figures show; paper: its best three")
     add("--seeds", type=common.count, default=1, help="figures: split seeds 0 to this less 1")
     add("--out", default="runs", help="folder of the attack's run file, and of figures")
@@ -1079,6 +1085,8 @@ def parse_args(argv=None):
     args = common.parse_with_presets(parser, PRESETS, argv)
     if args.figure and args.forget != "identities":
         fail(f"--figure {args.figure} is about identities; this is --forget {args.forget}")
+    if args.pack and not args.results:
+        fail("--pack needs --results, the runs to append")
     ours = "digits-10" if (args.table or "").startswith("ltu") else "toyfaces"
     args.results = args.results or [HERE / "results" / f"{ours}.jsonl"]
     return args

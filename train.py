@@ -33,6 +33,7 @@ from common import (
     score,
     task_losses,
 )
+from data import PRESETS as DATA_PRESETS
 from data import (
     augment,
     describe,
@@ -45,27 +46,29 @@ from data import (
     targets_of,
 )
 
-# What --dataset brings along; a flag on the command line wins. celeba, celebahq: METAUNLEARN App. A
+# The recipe that --dataset brings along; a flag on the command line wins. celeba, celebahq: METAUNLEARN App. A
 # (batch size: authors' code); cifar10, cifar100: SalUn's recipe, which LTU compares with. digits:
 # 60 epochs to RA 100 %, and the last epoch is kept: the best one by (noisy) validation labels would
 # be one that has not memorised the flipped labels yet.
-_PAPER = dict(model="vit_base_patch16_224", init="pretrained", image_size=224, epochs=30)
+_PAPER = dict(model="vit_base_patch16_224", init="pretrained", epochs=30)
 _PAPER |= dict(optimizer="sgd", lr=1e-3, batch_size=32, warmup_epochs=2, crop_scale=0.08)
-_SALUN = dict(forget="random", optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
-_DIGITS = dict(image_size=8, model="toy_resnet", label_noise=0.1, epochs=60, batch_size=64)
-_CIFAR = dict(image_size=32, model="resnet18", epochs=182, batch_size=256, schedule="milestones")
-_TINY = dict(image_size=64, model="vit_tiny_patch16_224", epochs=100, lr=5e-4, batch_size=256)
-PRESETS = {
-    "toyfaces": dict(ids=10, epochs=50, crop_scale=0.8),
-    "celebahq": dict(_PAPER, ids=20, weight_decay=1e-3),
-    "celeba": dict(_PAPER, ids=5, weight_decay=1e-4),
-    "qmnist": dict(ids=20, epochs=10),
-    "digits": dict(_SALUN, **_DIGITS, warmup_epochs=1, augment="none", keep="last"),
-    "cifar10": dict(_SALUN, **_CIFAR, warmup_epochs=0, augment="pad-crop"),
-    "cifar100": dict(_SALUN, **_CIFAR, warmup_epochs=0, augment="pad-crop"),
-    "tinyimagenet": dict(_TINY, forget="random", warmup_epochs=5),
+_SALUN = dict(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
+_DIGITS = dict(_SALUN, model="toy_resnet", epochs=60, batch_size=64, warmup_epochs=1)
+_CIFAR = dict(_SALUN, model="resnet18", epochs=182, batch_size=256, schedule="milestones")
+_CIFAR |= dict(warmup_epochs=0, augment="pad-crop")
+_TINY = dict(model="vit_tiny_patch16_224", epochs=100, lr=5e-4, batch_size=256, warmup_epochs=5)
+_RECIPES = {
+    "toyfaces": dict(epochs=50, crop_scale=0.8),
+    "celebahq": dict(_PAPER, weight_decay=1e-3),
+    "celeba": dict(_PAPER, weight_decay=1e-4),
+    "qmnist": dict(epochs=10),
+    "digits": dict(_DIGITS, augment="none", keep="last"),
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "tinyimagenet": _TINY,
 }
-# The flags that make one model another: saved in its checkpoint, and checked when it is loaded.
+PRESETS = {name: DATA_PRESETS[name] | recipe for name, recipe in _RECIPES.items()}
+# The flags on which a trained model depends: saved in its checkpoint, and checked on loading.
 RECIPE = ("model", "init", "image_size", "epochs", "optimizer", "lr", "momentum", "weight_decay")
 RECIPE += ("warmup_epochs", "crop_scale", "batch_size", "amp", "schedule", "augment", "keep")
 
@@ -112,18 +115,18 @@ def learning_rate(step: int, steps_per_epoch: int, args) -> float:
 
 
 def train(which: str, data: dict, split: dict, args):
-    """Return `which`, "original" (trained on D_tr) or "gold" (on D_r), and its training's seconds.
+    """Train or load the model `which`, "original" (on D_tr) or "gold" (on D_r); also its seconds.
 
-    It is loaded where it is there, else trained, with --resume from the last finished epoch. Under
-    torchrun each process takes its share of every batch, and the result is that of one
-    process but for rounding and batch-norm statistics. Raises SystemExit(2) for a checkpoint of
+    With --resume training goes on after the last finished epoch. Under torchrun each process takes
+    its share of every batch, and the result is that of one process but for rounding and batch-norm
+    statistics. Raises SystemExit(2) for a checkpoint of
     another split or recipe, and when the loss is no longer finite.
     """
     assert which in ("original", "gold"), which
     device, (rank, world) = data["device"], rank_and_world()
     path = checkpoint_folder(args) / f"{which}-seed{args.seed}.pt"
     partial = path.with_suffix(".partial.pt")
-    identity = identity_of(which, data, split, args)
+    identity = recipe_of(which, data, split, args)
     # A seed of its own: the gold model does not even share its initial weights with the original.
     seed = 2 * args.seed + (which == "gold")
     init = "none" if path.is_file() else args.init
@@ -159,7 +162,7 @@ def train(which: str, data: dict, split: dict, args):
         kept["seconds"] += took
         say(
             f"{which} epoch {epoch + 1}/{epochs}: loss {loss:.4f}, validation {100 * value:.1f} "
-            f"(best {100 * kept['best']:.1f}), {took:.1f} s, "
+            f"(kept {100 * kept['best']:.1f}), {took:.1f} s, "
             f"{(epochs - epoch - 1) * took:.0f} s left"
         )
         if rank == 0 and epoch + 1 < epochs:
@@ -176,8 +179,8 @@ def train(which: str, data: dict, split: dict, args):
     return model.eval(), kept["seconds"]
 
 
-def identity_of(which: str, data, split, args) -> dict:
-    """What makes this model another than others: it is saved with it, and checked on loading."""
+def recipe_of(which: str, data, split, args) -> dict:
+    """What distinguishes this model from others: it is saved with it, and checked on loading."""
     identity = {"which": which, "split": split["hash"], "seed": args.seed}
     identity |= {"target_names": [str(name) for name in data["target_names"]]}
     return identity | {common.flag_name(key): getattr(args, key) for key in RECIPE}
@@ -198,7 +201,7 @@ def train_epoch(model, optimizer, data, chosen, epoch: int, seed: int, args) -> 
     device, (rank, world) = data["device"], rank_and_world()
     rng = generator(seed, epoch)
     order = chosen[torch.randperm(len(chosen), generator=rng)]
-    steps = max(1, math.ceil(len(chosen) / args.batch_size))
+    steps = math.ceil(len(chosen) / args.batch_size)
     if 0 < len(chosen) % args.batch_size < world:
         steps = max(1, steps - 1)  # a last batch with fewer images than processes is left out
     total, taken = 0.0, min(2, steps) if args.dry_run else steps

@@ -866,4 +866,6 @@ def test_a_method_that_diverges_is_left_out_of_a_table_and_fatal_alone(trained, 
         assert set(B.main([*flags, "fisher"])) == {"Fisher"}
         assert "ft diverged" in capsys.readouterr().out
         refused(capsys, "ft diverged; lower its step (--unlearn-lr", B.main, flags)
+        refused(capsys, "every method diverged", B.main, [*flags, "randl"])
     refused(capsys, "leaves nothing of D_r", B.main, [*flags, "--rho", "1e-6"])
+    refused(capsys, "no flag of its own", B.main, ["--method", "retrain", "--search"])

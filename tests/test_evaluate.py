@@ -102,9 +102,10 @@ def test_interval_and_verdict_are_students():
         seen.add(said)
         assert E.verdict(mean, half, True) == said
         assert E.verdict(mean, half, False) == opposite.get(said, said)
+    assert "one split" in E.difference([(1.0, 1.0)], True)
     tiny = [(1.01, 1.0), (1.011, 1.0), (1.012, 1.0)]
     assert len(seen) == 3 and E.difference(tiny, True) == "+0.0 ± 0.0 (no difference)"
-    assert E.verdict(*E.interval([1.0]), True) == "one seed"
+    assert E.verdict(*E.interval([1.0]), True) == "one split"
     assert E.verdict(*E.interval([0.0, 0.0]), True) == "within noise"
 
 
@@ -164,7 +165,7 @@ METAUNLEARN  97.0 ± 0.5  93.7 ± 2.1  79.7 ± 0.6   89.2 ± 2.1  +3.8 ± 5.3 (w
 def test_golden_text_in_the_terminal_and_in_markdown(faces, capsys):
     out = printed(capsys, faces)
     assert out.startswith(GOLDEN) and "no run of Bad Teacher, SCRUB, JiT" in out
-    assert "differences paired by seed" in out
+    assert "differences paired by split" in out
     text = printed(capsys, faces, "mu1", "--markdown")
     row = "| GA | 95.0 ± 1.0 | 89.7 ± 1.5 | 79.0 ± 1.0 | 92.5 ± 1.5 | +7.1 ± 3.7 (better) |"
     assert row in text and text.count("\n| --- |") == 1
@@ -419,7 +420,7 @@ def checks(module, faces, capsys):
 MUTANTS = {
     "population's deviation": ("values.std(ddof=1) / np.sqrt", "values.std() / np.sqrt"),
     "normal instead of Student": ("stats.t.ppf(0.975, len(values) - 1)", "stats.norm.ppf(0.975)"),
-    "difference turned round": ('(v["main"], v["floor"])', '(v["floor"], v["main"])'),
+    "difference turned round": ('(v["main"], there[k]["main"])', '(there[k]["main"], v["main"])'),
     "RMIA without the population": (">= gamma * ratio[1][None]", ">= gamma"),
     "RMIA without references": ("(((1 + a) * q.mean(0) + 1 - a) / 2)", "1.0"),
     "RMIA upside down": ("p / (((1 + a)", "1 / p * (((1 + a)"),
@@ -437,7 +438,7 @@ MUTANTS = {
     "flags not compared": ("if was != now:", "if False:"),
     "--overwrite ignored": ("args.overwrite or not path.is_file()", "not path.is_file()"),
     "every original left out": ('if own["metrics"][row] == known[row]}', "}"),
-    "run appended twice": ("if identity_of(run) not in fresh]", "]"),
+    "run appended twice": ("if run_key(run) not in fresh]", "]"),
     "four decimals": ("round(value, 6)", "round(value, 4)"),
 }
 
@@ -611,7 +612,7 @@ def test_bins_against_numpy():
 @pytest.mark.parametrize("number", ["4", "5"])
 def test_figures_are_drawn_and_not_empty(run, capsys, number):
     folder, flags = run
-    for seeds, words in (("2", ["Spearman", "n = 2 splits", " ± "]), ("1", ["(one seed)"])):
+    for seeds, words in (("2", ["Spearman", "n = 2 splits", " ± "]), ("1", ["(one split)"])):
         E.main(["--figure", number, *flags, "--rows", *ROWS, "--seeds", seeds])
         out = capsys.readouterr().out
         assert all(word in out for word in words) and "nan" not in out.lower()
@@ -679,6 +680,7 @@ MISTAKES = {
     "--table mu1 --results bad.jsonl": "bad.jsonl is no packed file",
     "--table mu3 --results x": "no run of --table mu3", "--table ltu1 --results x": "--table ltu1",
     "--table attack --results x": "no attack is there",
+    "--pack mine.jsonl": "--pack needs --results",
     "--pack bad.jsonl --results x": "bad.jsonl is no packed file",
     "--pack x/ga-seed0.json/p.jsonl --results x": "cannot write",
 }
