@@ -699,14 +699,14 @@ def control_sets(data: dict, split: dict, seen=(), sets=20) -> list[np.ndarray]:
 
     They tell forgetting these people, or images, from lowering everything. By identity: as many
     retained identities as are forgotten. At random: as many images as D_f has, outside `seen` (what
-    the method may use of D_r), at most half of those, else all sets would be the same; where fewer
-    than 50 are unseen, from all of D_r.
+    the method may use of D_r); where fewer than 50 are unseen, from all of D_r. At most half of
+    what there is to choose from, else all sets would be the same.
     """
     rng = np.random.default_rng([int(split["hash"], 16) % 2**32, 4])
     if "forget_ids" in split:
         owner = data["identities"][split["retain"]]
         people = np.unique(owner)
-        size = min(len(split["forget_ids"]), len(people))
+        size = min(len(split["forget_ids"]), max(1, len(people) // 2))
         drawn = [rng.choice(people, size, replace=False) for _ in range(sets)]
         return [np.flatnonzero(np.isin(owner, chosen)) for chosen in drawn]
     pool = np.flatnonzero(~np.isin(split["retain"], list(seen)))

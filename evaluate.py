@@ -262,7 +262,7 @@ def keep_and_draw(result: dict, name: str, args):
     if args.plot:
         path = result_path(name, args).with_suffix(".png")
         title = f"{result['dataset']}, {result['setting']}, {name}, seed {args.seed}"
-        plot(result["metrics"], path, result["metric"], title)
+        plot(result["metrics"], path, result["metric"], title, name)
         say(f"figure: {path}")
 
 
@@ -389,12 +389,12 @@ def save_figure(figure, path):
     pyplot().close(figure)
 
 
-def plot(rows: dict, path: pathlib.Path, metric: str, title: str):
+def plot(rows: dict, path: pathlib.Path, metric: str, title: str, run: str):
     """Two panels: the scores of each model, and what it lost on D_f beside the control sets."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     shades, hatches = ["0.15", "0.45", "0.70", "0.95"], ["", "//", "..", "xx"]
     sets = {"retain": "$D_r$ retain", "forget": "$D_f$ forget", "test": "$D_{te}$ test"}
-    names, table = {name: NAMES.get(name, "unlearned") for name in rows}, compare(rows)
+    names, table = {name: NAMES.get(name, run) for name in rows}, compare(rows)
     scores = {name: [100 * row[s]["score"] for s in sets] for name, row in rows.items()}
     for i, name in enumerate(rows):
         style = dict(color=shades[i], hatch=hatches[i], edgecolor="black", label=names[name])
@@ -523,10 +523,11 @@ def read_results(paths) -> tuple[dict, list[dict]]:
             except (ValueError, KeyError, TypeError) as error:
                 fail(f"{path} is no packed file of results ({type(error).__name__}: {error})")
             continue
-        for file in sorted(path.glob("*-seed*.json")):
+        for file in sorted(path.rglob("*-seed*.json")):
             try:
                 run = json.loads(file.read_text())
-                assert {"name", "seed", "split_seed", "split_hash", "flags"} <= set(run)
+                assert {"name", "dataset", "setting", "seed", "split_seed"} <= set(run)
+                assert {"split_hash", "flags"} <= set(run)
                 assert "attacks" in run or {"seconds", "access"} <= set(run)
                 assert "attacks" in run or compare(run["metrics"])["unlearned"]
                 runs.append(run)
@@ -535,8 +536,11 @@ def read_results(paths) -> tuple[dict, list[dict]]:
     if not runs:
         named = ", ".join(map(str, paths))
         fail(f"no run in {named}: name .jsonl files of results/, or folders with run files")
-    title = re.sub(r"-split\d+", "", f"{runs[0].get('dataset')}, {runs[0].get('setting')}")
-    return header or {"title": title, "paper": ""}, runs
+    settings = {f"{run['dataset']}, {run['setting']}" for run in runs if "setting" in run}
+    titles = sorted({re.sub(r"-split\d+", "", setting) for setting in settings})
+    if len(titles) > 1:
+        fail(f"a table is about one setting; --results holds {' and '.join(titles)}")
+    return header or {"title": titles[0], "paper": ""}, runs
 
 
 def shared_flags(runs: list[dict]) -> dict:
@@ -558,9 +562,6 @@ def filled(runs: list[dict]) -> list[dict]:
 def pack(paths, target: pathlib.Path):
     """Append runs to a packed file, six decimals a number; a run that is there is replaced."""
     header, runs = read_results(paths)
-    settings = {re.sub(r"-split\d+", "", run["setting"]) for run in runs if "setting" in run}
-    if len(settings) > 1:
-        fail(f"--pack takes runs of one setting, not of {' and '.join(sorted(settings))}")
     if target.is_file():
         header, old = read_results([target])
         fresh = {run_key(run) for run in runs}

@@ -651,14 +651,18 @@ def input_names(text: str) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
+    typed = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     device = common.choose_device(args)
     if args.check_gradient and device.type == "mps":
         device = torch.device("cpu")  # MPS has no float64
-    if args.support:
-        return unlearn_from_files(args, device)
     if args.meta_loss:
         saved = load_checkpoint(args.meta_loss, "meta-loss")
+        for flag in META_FLAGS:
+            if common.flag_name(flag) in typed and saved[flag] != getattr(args, flag):
+                fail(f"{args.meta_loss} was made with {common.flag_name(flag)} {saved[flag]}")
         vars(args).update({flag: saved[flag] for flag in META_FLAGS})
+    if args.support:
+        return unlearn_from_files(args, device)
     folders = [args.checkpoint_dir, args.out, args.export_support]
     common.check_writable(*filter(None, folders), file=args.save)
     flags, label = evaluate.flags_of(args), f"METAUNLEARN {args.preset}"

@@ -181,6 +181,8 @@ def test_control_sets_are_whole_retained_people():
         people = np.unique(owner[s])
         assert len(people) == 7 and s.tolist() == np.flatnonzero(np.isin(owner, people)).tolist()
     assert str(sets) == str(data.control_sets(d, split)) != str(data.control_sets(d, other))
+    many = data.control_sets(d, data.identity_split(d, 20, 0))  # more than half of the others
+    assert len({str(s.tolist()) for s in many}) == 20
 
 
 TOY = data.draw_toyfaces(identities=80, images_each=6, size=32)

@@ -178,6 +178,11 @@ def test_golden_text_in_the_terminal_and_in_markdown(faces, capsys):
     assert re.search(row, printed(capsys, faces), re.M)
 
 
+def test_runs_of_two_settings_share_no_table(faces, capsys):
+    write(faces, "ga", 0, GA[0], setting="z-split0").rename(faces / "ga-seed0.json")
+    refused(capsys, "holds x, y and x, z", E.main, ["--table", "mu1", "--results", str(faces)])
+
+
 def test_bad_files_are_named_and_skipped(faces, capsys):
     """Cut short, another version, split or model: named, never averaged in."""
     cut, old, part = (write(faces, "ssd", k, [50.0] * 4) for k in range(3))

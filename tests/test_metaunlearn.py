@@ -442,6 +442,7 @@ def test_a_result_that_is_there_is_shown_or_kept(copied, trained, tmp_path, caps
     meta = next(tmp_path.rglob("metaunlearn-paper-far-seed0.meta.pt"))
     borrowed = M.main([*copied, "--meta-loss", str(meta), "--out", str(tmp_path / "borrowed")])
     assert borrowed["flags"]["eta"] == 0.2 and borrowed["metrics"] == own["metrics"]  # its own eta
+    refused(capsys, "made with --eta 0.2", M.main, [*copied, "--meta-loss", str(meta), "--eta=1"])
     again = M.main([*other, "--overwrite"])  # the meta-loss is learned anew, too
     assert again["metrics"] == own["metrics"] != trained.result["metrics"]
     assert json.loads(path.read_text()) == again
