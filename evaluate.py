@@ -849,14 +849,20 @@ def membership(sure: dict, references: list[dict]) -> dict:
     return {name: 100 * value for name, value in figures.items()}
 
 
-def unlearned_models(args, data, split, model) -> dict:
+def unlearned_files(args) -> dict:
+    """{name of the run: its checkpoint} of all runs of this split and seed."""
+    ending = f"-seed{args.seed}.pt"
+    paths = sorted(checkpoint_folder(args).glob("*" + ending))
+    files = {path.name.removesuffix(ending): path for path in paths}
+    return {name: path for name, path in files.items() if name not in ("original", "gold")}
+
+
+def unlearned_models(args, split, model) -> dict:
     """{name of the run: its unlearned model} of all checkpoints of this split and seed."""
-    models, ending = {}, f"-seed{args.seed}.pt"
-    for path in sorted(checkpoint_folder(args).glob("*" + ending)):
-        name = path.name.removesuffix(ending)
-        if name not in ("original", "gold"):
-            saved = common.load_checkpoint(path, "model", which="unlearned", split=split["hash"])
-            models[name] = common.with_parameters(model, saved["model"])
+    models = {}
+    for name, path in unlearned_files(args).items():
+        saved = common.load_checkpoint(path, "model", which="unlearned", split=split["hash"])
+        models[name] = common.with_parameters(model, saved["model"])
     return models
 
 
@@ -880,7 +886,7 @@ def attack(args, device):
     known = [sure_of(m) for m in golds]
     found = {"original": membership(sure_of(model), known), "gold": membership(known[0], known[1:])}
     found["retrain"] = membership(known[1], known[:1] + known[2:])
-    for name, m in unlearned_models(args, data, split, model).items():
+    for name, m in unlearned_models(args, split, model).items():
         if name != "retrain":  # it is among the references, and stands in the table already
             found[name] = membership(sure_of(m), known)
     result = run_header("attack", data, split, args, flags) | {"attacks": found}
@@ -927,12 +933,12 @@ def people(args, device) -> dict:
     change is a mean over the runs --rows, in percentage points.
     """
     data, split = open_data(args, device)
-    model, gold, _ = train_both(data, split, args)
-    unlearned = unlearned_models(args, data, split, model)
-    absent = [name for name in args.rows if name not in unlearned]
+    absent = [name for name in args.rows if name not in unlearned_files(args)]
     if absent:
-        there = f"{checkpoint_folder(args)} holds {', '.join(unlearned) or 'none'}"
+        there = f"{checkpoint_folder(args)} holds {', '.join(unlearned_files(args)) or 'none'}"
         fail(f"no unlearned model of {', '.join(absent)}; {there}; name others with --rows")
+    model, gold, _ = train_both(data, split, args)
+    unlearned = unlearned_models(args, split, model)
     f = {s: predict(model, data, split[s], features=True) for s in ("forget", "retain", "support")}
     owner, centroid = {s: data["identities"][split[s]] for s in f}, {}
     for s in ("forget", "retain"):
