@@ -9,10 +9,11 @@ Usage:
 
 One function a method, (student, data, have, args, rng): student is a copy of the model in eval
 mode, changed in place; `have` holds the image indices that this method may touch (METHODS), and
-`stored`, what it keeps between the tries of a search. Both protocols: random samples (cross entropy) and identities (binary cross entropy of
-each attribute), where SSD, PGU, JiT and, by us, GA and Influence have the Support set in place of
-D_f, as METAUNLEARN's Table 1 has them (--all-pictures: D_f). Multi-label versions are principled: a
-Bernoulli for each attribute, where published code takes a softmax over attributes.
+`stored`, what it keeps between the tries of a search. Both protocols: random samples (cross
+entropy) and identities (binary cross entropy of each attribute), where SSD, PGU, JiT and, by us, GA
+and Influence have the Support set in place of D_f, as METAUNLEARN's Table 1 has them
+(--all-pictures: D_f). Multi-label versions have a Bernoulli for each attribute, where published
+code takes a softmax over attributes.
 
 Symbols: theta model, D_f forget set (or Support S), D_r retain set (its share rho), D training set,
 p = |D_f| / |D|.

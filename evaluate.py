@@ -433,8 +433,8 @@ _OTHERS = {label: _ALL[label] for label in ("FT", "RandL", "Amnesiac", "Fisher",
 _META = {"METAUNLEARN": "metaunlearn-paper"}
 _LTU = {"LTU": "ltu"}
 _RHO = {label: _ALL[label] for label in ("FT", "RandL", "BadT", "SalUn")}
-# {table: {label: name of the run}}. The rows METAUNLEARN and LTU are those with which the others are
-# compared; Trained, Retrained and the second gold model stand above them in every table.
+# {table: {label: name of the run}}. The rows METAUNLEARN and LTU are those with which the others
+# are compared; Trained, Retrained and the second gold model stand above them in every table.
 TABLES = {
     "mu1": {
         "Bad Teacher": "badt",
@@ -809,10 +809,10 @@ def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3) -> torch.Tensor:
 
     x beats z when LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)] reaches gamma. Here
     Pr(.) = ((1 + a) Pr_out + 1 - a) / 2: Pr_out is the mean over reference models that never saw
-    the point, and the rest stands in for models that were trained on it. Shapes: x (N,), x_references (R, N), z (M,),
-    z_references (R, M) -> (N,) in [0, 1]. Source: Zarifzadeh et al. 2024, the offline attack of
-    their appendix (a 0.3, gamma 2; with confidences that are geometric means over attributes a factor of 2
-    hardly occurs, so gamma is 1 here).
+    the point, and the rest stands in for models that were trained on it. Shapes: x (N,),
+    x_references (R, N), z (M,), z_references (R, M) -> (N,) in [0, 1]. Source: Zarifzadeh et al.
+    2024, the offline attack of their appendix (a 0.3, gamma 2; with confidences that are geometric
+    means over attributes a factor of 2 hardly occurs, so gamma is 1 here).
     """
     pairs = ((x, x_references), (z, z_references))
     ratio = [p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in pairs]

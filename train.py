@@ -46,10 +46,10 @@ from data import (
     targets_of,
 )
 
-# The recipe that --dataset brings along; a flag on the command line wins. celeba, celebahq: METAUNLEARN App. A
-# (batch size: authors' code); cifar10, cifar100: SalUn's recipe, which LTU compares with. digits:
-# 60 epochs to RA 100 %, and the last epoch is kept: the best one by (noisy) validation labels would
-# be one that has not memorised the flipped labels yet.
+# The recipe that --dataset brings along; a flag on the command line wins. celeba, celebahq:
+# METAUNLEARN App. A (batch size: authors' code); cifar10, cifar100: SalUn's recipe, which LTU
+# compares with. digits: 60 epochs to RA 100 %, and the last epoch is kept: the best one by (noisy)
+# validation labels would be one that has not memorised the flipped labels yet.
 _PAPER = dict(model="vit_base_patch16_224", init="pretrained", epochs=30)
 _PAPER |= dict(optimizer="sgd", lr=1e-3, batch_size=32, warmup_epochs=2, crop_scale=0.08)
 _SALUN = dict(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)

@@ -470,7 +470,7 @@ MUTANTS = {
     "fisher fisher_diagonal": [(".pow(2).sum(0)", ".sum(0).pow(2)")],  # of the batch
     "fisher_noise fisher": [("variance.sqrt()", "variance"), (".clamp(max=FISHER_CAP)", "")],
     "ssd": [("f > args", "f < args"), (".clamp(max=1)", ""), ("[D[~inside], D[inside]]", "[D]")],
-    "ssd importance": [(" if len(batch) == size", ""), ("g**2", "g.abs()")],  # ragged batches; no square
+    "ssd importance": [(" if len(batch) == size", ""), ("g**2", "g.abs()")],  # ragged
     "distillation": [("args.temperature", "1.0"), (".mean()", ".sum()"),
                      ("kl_divergence(teacher, student", "kl_divergence(student, teacher")],
     "badt": [("forget, of_bad, of_good", "forget, of_good, of_bad"), (TRAIN, "pass\n")],
@@ -781,6 +781,9 @@ def test_retrain_is_the_gold_model_of_another_seed(trained, tmp_path):
         assert shared == {"mean", "std"}  # of the pixels
     assert run.results["retrain"]["access"] == {"unlearning": ["retain"]}
     assert B.parse_args([]).method == [method for method in B.METHODS if method != "retrain"]
+    assert B.parse_args(["--method", "all", "retrain"]).method == list(B.METHODS)
+    again = B.main([*run.flags, "--method", "retrain", "--overwrite"])["Second gold"]
+    assert again["seconds"]["unlearn"] == run.results["retrain"]["seconds"]["unlearn"] > 0.1
 
 
 def test_search_reads_neither_test_set_nor_gold(trained, monkeypatch):

@@ -415,7 +415,7 @@ def test_presets_win_over_defaults_and_flags_over_presets():
 
 @pytest.mark.parametrize("script", ABOVE)
 def test_imports_and_what_no_script_may_hold(script):
-    """Arrows point one way; no .cuda(), bare except or unsafe load; slow packages not at the top."""
+    """Arrows point one way; no .cuda(), bare except or unsafe load; slow imports not at the top."""
     text = (ROOT / f"{script}.py").read_text()
     assert not re.search(r"\.cuda\(|except:|import \*|weights_only=False", text)
     tree = ast.parse(text)

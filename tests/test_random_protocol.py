@@ -327,3 +327,10 @@ def test_gold_never_sees_the_forget_set(tmp_path):
         with record_reads() as read:
             T.train(which, data, s, args)
         assert set(np.concatenate(read).tolist()) == {i for part in parts for i in s[part]}
+
+
+@pytest.mark.parametrize("dataset", D.PRESETS)
+def test_data_py_shows_the_split_that_train_py_trains_on(dataset):
+    shown, trained = (vars(m.parse_args(["--dataset", dataset])) for m in (D, T))
+    what = ("forget", "ids", "forget_ratio", "label_noise", "image_size", "split_seed")
+    assert {key: shown[key] for key in what} == {key: trained[key] for key in what}

@@ -1,4 +1,4 @@
-"""README and results/: commands are accepted, equations stand where README says, tables and runs agree.
+"""README and results/: commands are accepted, equations are where it says, tables and runs agree.
 
 python -m pytest tests/test_readme.py
 python tests/test_readme.py       # writes the tables of README.md and results/README.md anew
@@ -26,7 +26,7 @@ TABLE = re.compile(r"(<!-- python evaluate\.py (.+?) -->\n)(.*?)(<!-- end -->)",
 
 
 def commands(text):
-    """(script, arguments) of each `python script.py ...` in code blocks, inline code and docstrings."""
+    """(script, arguments) of each `python script.py ...` in code, inline code and docstrings."""
     for line in re.findall(r"(?:python|nproc-per-node \d) (\w+\.py[^\n`|]*)", text):
         script, *arguments = shlex.split(re.split("&&|-->|;", line)[0], comments=True)
         if arguments != ["--help"]:
