@@ -861,6 +861,13 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, mon
     assert len(dry) == len(B.METHODS) and all(r["setting"][-4:] == "-dry" for r in dry.values())
 
 
+def test_search_with_identities_says_that_it_read_all_of_d_r(trained, monkeypatch):
+    monkeypatch.setitem(B.METHODS["ga"], "grid", {"unlearn_lr": (1e-3,)})
+    flags = [*trained["identities"].flags, "--method", "ga", "--search", "--name", "half"]
+    found = B.main([*flags, "--rho", "0.5"])["GA"]["access"]
+    assert found == {"unlearning": ["support"], "choosing flags": ["forget", "retain", "val"]}
+
+
 def test_a_method_that_diverges_is_left_out_of_a_table_and_fatal_alone(trained, capsys):
     with pytest.raises(FloatingPointError, match=r"influence diverged.*--damping.*--radius"):
         apply(B, "influence", problem(), radius=1e39)  # beyond float32; it names its own flags

@@ -583,6 +583,8 @@ def test_attack_on_every_checkpoint(run, capsys):
     for label in ("Trained", "Retrained", "Second gold", "GA", "METAUNLEARN"):
         assert re.search(rf"^{label} +\d.* 1$", out, re.M), out
     assert "The goal is Retrained's figure" in out
+    E.main(["--attack", *flags, "--markdown"])
+    assert "\n| --- |" in capsys.readouterr().out
     args, data, split, model = opened(flags)
     found = json.loads(E.result_path("attack", args).read_text())["attacks"]
     assert set(found) == {"original", "gold", "retrain", *ROWS}
