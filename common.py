@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 
 import numpy as np
 import torch
@@ -192,6 +193,15 @@ def choose_device(args) -> torch.device:
     precision = "bf16 autocast" if args.amp else "float32"
     say(f"device {device} ({why}); precision {precision} ({reason})")
     return device
+
+
+def clock(device: torch.device) -> float:
+    """Seconds by a clock that waits for the device: a GPU returns before it has computed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
 def autocast(device: torch.device, on: bool):
