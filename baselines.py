@@ -4,7 +4,7 @@ Usage:
     python baselines.py                                     # all of them, scikit-learn's digits
     python baselines.py --method salun --rho 0.3
     python baselines.py --dataset toyfaces --ids 10         # forget identities
-    python baselines.py --method scrub --search             # try its grid, on validation data only
+    python baselines.py --method scrub --search             # first choose its flags on D_v
     python baselines.py --method retrain                    # a second gold model, as a method
 
 One function a method, (student, data, have, args, rng): student is a copy of the model in eval
@@ -17,15 +17,14 @@ code takes a softmax over attributes.
 
 Symbols: theta model, D_f forget set (or Support S), D_r retain set (its share rho), D training set,
 p = |D_f| / |D|.
+
+--search tries as many settings of each method, by one rule (evaluate.search).
 """
 
 import argparse
-import contextlib
 import copy
-import itertools
 import math
 import pathlib
-import time
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ import evaluate
 from common import (
     autocast,
     build_model,
+    clock,
     fail,
     flag_name,
     generator,
@@ -63,8 +63,8 @@ from train import add_recipe_arguments, open_data, train, train_both
 DECAY = 5e-4  # weight decay of SGD while unlearning; SalUn
 FISHER_CAP = 1e3  # Fisher: largest 1 / F; its code
 SCRUB_ALPHA, SCRUB_GAMMA = 0.001, 0.99  # SCRUB: weights of KL and of the task loss on D_r; its code
-ASCENT_STEPS = 9  # SCRUB: an epoch; its code takes |D_f| / 512, which is 9 at 10 % of CIFAR-10
 JIT_NOISES = 25  # JiT: N, noisy copies of each image; paper
+EXACT_CLASSES, DRAWS = 20, 8  # labels of the Fisher information: all of them, or so many draws
 
 # --------------------------------------------------------------------------------------------------
 # What the loops share
@@ -172,7 +172,7 @@ def randl(student, data, have, args, rng, mask=None):
                 if mask:
                     with torch.no_grad():
                         for p, old, m in zip(student.parameters(), theta_o, mask, strict=True):
-                            p.copy_(torch.where(m, p, old))  # SalUn Eq. (4)
+                            torch.where(m, p, old, out=p)  # SalUn Eq. (4)
 
 
 def ga(student, data, have, args, rng):
@@ -216,13 +216,15 @@ def fisher(student, data, have, args, rng):
     """Fisher forgetting: noise on each weight, the less D_r needs it the more.
 
     Source: Golatkar et al. 2020, Eq. (8), and their code. F = mean over D_r of E_{y ~ p(y|x)} (d
-    log p(y|x) / d theta)^2, here with one y sampled for each x (unbiased; the code sums over all y,
-    C backward passes an image), from per-sample gradients, in float64. The noise is N(0, min(alpha
-    / F, alpha FISHER_CAP)); the paper's goes with F^(-1/2), its code's with 1 / F: ours is the
-    code's, per weight (the code averages over a filter and has special factors for last layer,
-    norms and biases). Where a model fits its data F is about 0: the cap sets the noise then.
+    log p(y|x) / d theta)^2 (see label_gradients), in float64. The noise is N(0, min(alpha / F,
+    alpha FISHER_CAP)); the paper's goes with F^(-1/2), its code's with 1 / F: ours is the code's,
+    per weight (the code averages over a filter and has special factors for last layer, norms and
+    biases). Where a model fits its data F is about 0: the cap sets the noise then.
     """
-    F_diagonal = fisher_diagonal(student, data, have["retain"], args, rng)
+    key = ("fisher", *have["retain"].tolist())  # a simulated request has a D_r of its own
+    labels = generator(args.seed, args.split_seed, 15)
+    D_r = have["retain"]
+    F_diagonal = stored(have, key, lambda: fisher_diagonal(student, data, D_r, labels))
     with torch.no_grad():
         for name, p in student.named_parameters():
             inverse = (1 / (F_diagonal[name] + 1e-8)).clamp(max=FISHER_CAP)
@@ -231,10 +233,10 @@ def fisher(student, data, have, args, rng):
             p += variance.sqrt().to(p) * noise
 
 
-def fisher_diagonal(model, data, indices, args, rng) -> dict:
+def fisher_diagonal(model, data, indices, rng) -> dict:
     """Diagonal of the Fisher information of the model's own labels, {name: float64 tensor}."""
     total = {k: wide(torch.zeros_like(p)) for k, p in model.named_parameters()}
-    for g in label_gradients(model, data, indices, rng, args.unlearn_batch_size):
+    for g in label_gradients(model, data, indices, rng):
         for k in total:
             total[k] += wide(g[k]).pow(2).sum(0)
     return {k: t / len(indices) for k, t in total.items()}
@@ -245,18 +247,19 @@ def ssd(student, data, have, args, rng):
 
     Source: Foster et al. 2024, Eq. (4), (5) and their code. Importance is the mean over batches of
     the squared gradient of the batch's mean loss, so it depends on the batch size (2.1 at 20, 0.1
-    at 400, measured): both sets use the same one here, ragged batches are left out, and D is read
-    as D \\ D_f, then D_f, never mixed. So I_D = p I_f + (1 - p) I_r, and nothing can be selected
-    once alpha p >= 1. Identities: I_D is a statistic that was stored before the request, and I_f
-    comes from S, which is no part of D (with --all-pictures from D_f, which is).
+    at 400, measured): both sets use the same one here, the largest up to --unlearn-batch-size into
+    which D_f falls without a smaller last batch, and D is read as D \\ D_f, then D_f, never mixed.
+    So I_D = p I_f + (1 - p) I_r, and nothing can be selected once alpha p >= 1. Identities: I_D is
+    a statistic that was stored before the request, and I_f comes from S, which is no part of D
+    (with --all-pictures from D_f, which is).
     """
-    size, D = min(args.unlearn_batch_size, len(have["forget"])), have["statistics"]
+    n, D = len(have["forget"]), have["statistics"]
+    size = n / math.ceil(n / args.unlearn_batch_size)
     inside = torch.isin(D, have["forget"]) & (args.forget != "identities")
     I_f = importance(student, data, [have["forget"]], size, args)
     parts, key = [D[~inside], D[inside]], ("importance", size)
     I_D = stored(have, key, lambda: importance(student, data, parts, size, args))
-    in_batches = [part.sum().item() // size for part in (inside, ~inside)]
-    p = in_batches[0] / max(1, sum(in_batches))
+    p = inside.sum().item() / len(D)
     if args.ssd_alpha * p >= 1:
         say(
             f"ssd: alpha p = {args.ssd_alpha * p:.2f} >= 1, which can select nothing; "
@@ -273,14 +276,18 @@ def ssd(student, data, have, args, rng):
     say(f"ssd: {100 * share:.3f} % of the weights were selected")
 
 
-def importance(model, data, parts, size, args) -> list[Tensor]:
-    """Mean over whole batches of `size` images, part by part, of the loss's squared gradient."""
-    whole = [batch for part in parts for batch in part.split(size) if len(batch) == size]
-    total = [torch.zeros_like(p) for p in model.parameters()]
-    for batch in whole:
-        gradient = torch.autograd.grad(loss_of(model, data, batch, args), list(model.parameters()))
-        for t, g in zip(total, gradient, strict=True):
-            t += g**2 / len(whole)
+def importance(model, data, parts, size: float, args) -> list[Tensor]:
+    """Mean over batches of about `size` images, part by part, of the loss's squared gradient.
+
+    Every image counts once: a part falls into batches that differ by one image at most.
+    """
+    total, images = [torch.zeros_like(p) for p in model.parameters()], sum(map(len, parts))
+    for part in parts:
+        for batch in part.tensor_split(max(1, round(len(part) / size))) if len(part) else ():
+            loss = loss_of(model, data, batch, args)
+            gradient = torch.autograd.grad(loss, list(model.parameters()))
+            for t, g in zip(total, gradient, strict=True):
+                t += g**2 * len(batch) / images
     return total
 
 
@@ -300,10 +307,11 @@ def badt(student, data, have, args, rng):
     for _ in epochs(args):
         for batch in batches(union, args.unlearn_batch_size, rng):
             x = images_of(data, batch, args, rng)
-            to_forget = torch.isin(batch, forget).to(data["device"])[:, None]
+            to_forget = torch.isin(batch, forget).to(data["device"])
+            teacher = torch.empty(len(x), data["classes"], device=data["device"])
             with torch.no_grad():
-                of_bad, of_good = logits_of(bad, x, args), logits_of(good, x, args)
-            teacher = torch.where(to_forget, of_bad, of_good)  # Bad Teacher Eq. (2)
+                for net, own in ((bad, to_forget), (good, ~to_forget)):  # Bad Teacher Eq. (2)
+                    teacher[own] = logits_of(net, x[own], args)
             descend(optimizer, distillation(teacher, logits_of(student, x, args), data, args))
 
 
@@ -320,9 +328,8 @@ def salun(student, data, have, args, rng):
         loss = loss_of(student, data, batch, args, rng)
         torch._foreach_add_(total, torch.autograd.grad(loss, list(student.parameters())))
     size = torch.cat([g.abs().flatten() for g in total])
-    order = size.argsort(descending=True)[: round(args.mask_share * len(size))]
     flat = torch.zeros(len(size), dtype=torch.bool, device=size.device)
-    flat[order] = True
+    flat[size.topk(round(args.mask_share * len(size)), sorted=False).indices] = True
     parts = flat.split([g.numel() for g in total])
     mask = [m.view_as(g) for m, g in zip(parts, total, strict=True)]  # SalUn Eq. (3)
     randl(student, data, have, args, rng, mask)
@@ -333,16 +340,15 @@ def scrub(student, data, have, args, rng):
 
     Source: Kurmanji et al. 2023, Eq. (3), Alg. 1, and their code. Each of the first --ascent-epochs
     epochs: D_f once, maximising KL(teacher || student); every epoch: D_r once, minimising
-    SCRUB_ALPHA KL + SCRUB_GAMMA L_task. Maximising has no bound, so its number of steps counts: it
-    is ASCENT_STEPS an epoch, whatever |D_f|, with gradients clipped to norm 1 there (METAUNLEARN's
-    code). No decay of the step (published: 0.1 after 3, 5, 9).
+    SCRUB_ALPHA KL + SCRUB_GAMMA L_task. Maximising has no bound, so its number of steps counts: an
+    epoch has |D_f| / --unlearn-batch-size, with gradients clipped to norm 1 (METAUNLEARN's code).
+    No decay of the step (published: 0.1 after 3, 5, 9).
     """
     teacher, optimizer = copy.deepcopy(student), new_optimizer(student, args)
     student.train()
     for epoch in epochs(args):
         if epoch < args.ascent_epochs:
-            order = have["forget"][torch.randperm(len(have["forget"]), generator=rng)]
-            for batch in order.tensor_split(min(ASCENT_STEPS, len(order))):
+            for batch in batches(have["forget"], args.unlearn_batch_size, rng):
                 x = images_of(data, batch, args, rng)
                 with torch.no_grad():
                     wanted = logits_of(teacher, x, args)
@@ -452,35 +458,37 @@ def jit(student, data, have, args, rng):
 
     Source: Foster et al. 2024 (Zero-shot), Eq. (3), Alg. 1, and their code. L = mean over images
     and noises n of ||f(x) - f(x_n)|| / ||x - x_n||, x_n = x + N(0, sigma^2) in normalised pixels,
-    clamped to the batch's range; the gradient goes through f(x) alone, as in their code. One pass.
-    Mean over the batch (their code sums: lr times its size). Batch norm stays in eval mode
-    (published: train mode, where noise overwrites its statistics).
+    clamped to the batch's range; the gradient goes through f(x) alone, and images are summed, as in
+    their code. One pass. Batch norm stays in eval mode (published: train mode, where noise
+    overwrites its statistics).
     """
     optimizer = torch.optim.SGD(student.parameters(), args.unlearn_lr)
+    on_device = torch.Generator(data["device"]).manual_seed(rng.initial_seed())
     for _ in epochs(args):
         for batch in batches(have["forget"], args.unlearn_batch_size, rng):
             x = raw_batch(data, batch)
             clean, loss = logits_of(student, x, args), 0.0
             for _ in range(JIT_NOISES):
-                noise = torch.randn(x.shape, generator=rng).to(x) * args.jit_sigma * student.std
+                noise = torch.randn(x.shape, generator=on_device, device=x.device)
+                noise *= args.jit_sigma * student.std
                 noisy = (x + noise).clamp(x.min(), x.max())
                 with torch.no_grad():
                     moved = logits_of(student, noisy, args)
                 away = ((noisy - x) / student.std).flatten(1).norm(dim=1)
                 ratio = (clean - moved).norm(dim=1) / (away + 1e-12)  # (B,)
-                loss = loss + ratio.mean() / JIT_NOISES  # JiT Eq. (3)
+                loss = loss + ratio.sum() / JIT_NOISES  # JiT Eq. (3)
             descend(optimizer, loss)
 
 
 def influence(student, data, have, args, rng):
     """Influence (ours): one Newton step away from D_f, theta + c (F + lambda)^-1 grad L(D_f).
 
-    c is such that the step is --radius long. Source: influence functions (Koh & Liang 2017), as
-    unlearning Guo et al. 2020 and Golatkar et al. 2020. The Hessian is taken to be the Fisher
-    information F of the data to keep (see curvature, kept_data): for identities a statistic that is
-    stored before the data is gone, for random samples two passes over all of D_r after the request.
-    The length is searched: F of a model that fits its data is far too small for the theory's
-    1 / |D_r|.
+    c is such that the step is --radius times as long as theta. Source: influence functions (Koh &
+    Liang 2017), as unlearning Guo et al. 2020 and Golatkar et al. 2020. The Hessian is taken to be
+    the Fisher information F of the data to keep (see curvature, kept_data): for identities a
+    statistic that is stored before the data is gone, for random samples computed from all of D_r
+    after the request. The length is searched: F of a model that fits its data is far too small for
+    the theory's 1 / |D_r|.
     """
     kept = kept_data(have, args)
     key = (args.seed, args.split_seed, 11)
@@ -493,10 +501,11 @@ def influence(student, data, have, args, rng):
         own = torch.autograd.grad(total / len(have["forget"]), list(theta.values()))
         torch._foreach_add_(list(g.values()), own)
     step = natural(F_kept, g, args.damping)
-    length = sum(wide(d).pow(2).sum() for d in step.values()).sqrt().item()
+    long, theta_long = (sum(wide(t).pow(2).sum() for t in x.values()) for x in (step, theta))
+    c = args.radius * (theta_long / long.clamp(min=1e-60)).sqrt().item()
     with torch.no_grad():
         for k, p in theta.items():
-            p += args.radius / max(length, 1e-30) * step[k]
+            p += c * step[k]
 
 
 def retrain(student, data, have, args, rng):
@@ -515,32 +524,51 @@ def retrain(student, data, have, args, rng):
 # Curvature, for Influence and Fisher
 
 
-def label_gradients(model, data, indices: Tensor, rng: torch.Generator, batch_size: int):
-    """Yield {name: (B, ...)}: each image's gradient of log p(y | x), y drawn from the model itself.
+def label_gradients(model, data, indices: Tensor, rng: torch.Generator):
+    """Yield {name: (B, ...)}: gradients of log p(y | x) times the root of the weight of label y.
 
-    Labels drawn from the model make the mean of their squares the Fisher information; the data's
-    labels would not. Over attributes log p is the sum over K Bernoullis, not the mean. The model
-    must be in eval mode; no autocast.
+    With labels y of the model itself (those of the data would not do) the squares add up to the
+    Fisher information: all K classes weighted by p(y | x) up to EXACT_CLASSES, for one label drawn
+    is mostly noise where a model fits its data; of more classes DRAWS stratified draws; of
+    attributes one draw, whose log p is the sum over K Bernoullis. No autocast; eval mode.
     """
     theta = {k: p.detach() for k, p in model.named_parameters()}
     buffers, multilabel = dict(model.named_buffers()), data["targets"].ndim == 2
+    # B gradients of theta at a time: at most 2**28 numbers
+    size = max(1, min(64, 2**28 // sum(p.numel() for p in theta.values())))
 
     def log_likelihood(theta, image, label):
         logits = functional_call(model, (theta, buffers), (image[None],))[1]
         number = label.numel() if label.ndim else 1  # task_losses averages over attributes
         return -task_losses(logits, label[None]).sum() * number
 
-    for batch in indices.split(batch_size):
+    for batch in indices.split(size):
         x = raw_batch(data, batch)
         with torch.no_grad():
-            logits = model(x)[1].cpu()
-        if multilabel:
-            y = torch.bernoulli(logits.sigmoid(), generator=rng)
-        else:
-            y = torch.multinomial(logits.softmax(1), 1, generator=rng)[:, 0]
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap of a gradient
-            gradients = vmap(grad(log_likelihood), in_dims=(None, 0, 0))(theta, x, y.to(x.device))
-        yield gradients
+            logits = model(x)[1].cpu().double()
+        for y, weight in labels_of_the_model(logits, multilabel, rng):  # (B,) or (B, K), and (B,)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap of a gradient
+                way = vmap(grad(log_likelihood), in_dims=(None, 0, 0))
+                gradients = way(theta, x, y.to(x.device))
+            root = weight.sqrt().to(x)
+            yield {k: g * root.view(-1, *[1] * (g.ndim - 1)) for k, g in gradients.items()}
+
+
+def labels_of_the_model(logits: Tensor, multilabel: bool, rng: torch.Generator):
+    """Yield (labels, weights (B,)) that stand for the labels of p(y | x): see label_gradients."""
+    B, K = logits.shape
+    if multilabel:
+        yield torch.bernoulli(logits.sigmoid(), generator=rng).float(), torch.ones(B)
+        return
+    p = logits.softmax(1)
+    if K <= EXACT_CLASSES:
+        for c in range(K):
+            yield torch.full((B,), c), p[:, c]
+        return
+    for draw in range(DRAWS):  # one in each of DRAWS equal parts of the cumulated probability
+        u = (draw + torch.rand(B, 1, generator=rng, dtype=p.dtype)) / DRAWS
+        y = torch.searchsorted(p.cumsum(1), u)[:, 0].clamp(max=K - 1)
+        yield y, torch.full((B,), 1 / DRAWS)
 
 
 def curvature(model, data, indices: Tensor, *key: int) -> dict:
@@ -553,11 +581,9 @@ def curvature(model, data, indices: Tensor, *key: int) -> dict:
     1. Reads the images twice; `key` seeds the labels. Source: George et al. 2018 (EK-FAC), with the
     factors of Gupta et al. 2018 (Shampoo).
     """
-    # B gradients of theta at a time: at most 2**28 numbers
-    size = max(1, min(64, 2**28 // sum(p.numel() for p in model.parameters())))
     shape = {k: _matrix_shape(p) for k, p in model.named_parameters()}
     outer, inner, second = ({k: 0.0 for k in shape} for _ in range(3))
-    for gradients in label_gradients(model, data, indices, generator(*key), size):
+    for gradients in label_gradients(model, data, indices, generator(*key)):
         for k, g in gradients.items():
             G = g.reshape(len(g), *shape[k])
             outer[k] = outer[k] + wide(torch.einsum("boi,bpi->op", G, G))
@@ -565,7 +591,7 @@ def curvature(model, data, indices: Tensor, *key: int) -> dict:
     basis = {}
     for k, p in model.named_parameters():
         basis[k] = tuple(torch.linalg.eigh(t)[1].to(p) for t in (outer[k], inner[k]))
-    for gradients in label_gradients(model, data, indices, generator(*key), size):
+    for gradients in label_gradients(model, data, indices, generator(*key)):
         for k, g in gradients.items():
             U_out, U_in = basis[k]
             turned = U_out.T @ g.reshape(len(g), *shape[k]) @ U_in
@@ -602,36 +628,48 @@ def steps(lr=None, epochs=None, batch_size=None, optimizer=None) -> dict:
 FORGET, RETAIN, BOTH = ("forget",), ("retain",), ("forget", "retain")
 STORED = ("forget", "statistics")
 # One record a method: its function, its label, the sets that it may touch, its flags with their
-# values, what --search tries, and `on`, the values of a data set or protocol, which stand over the
-# others. The plain values are what --search chose most often on five seeds of the digits, rho 0.3;
-# toyfaces: on five splits; celeba, celebahq: METAUNLEARN's authors' code; cifar10: SalUn's and
-# SCRUB's code. A method's place is part of its random seed: add new ones at the end.
+# values, those that --search moves (its step size first), and `on`, the values of a protocol, a
+# data set, or a data set with so many identities, which stand over the others. celeba, celebahq:
+# METAUNLEARN's authors' code, where it has the method; cifar10: SalUn's, SSD's and SCRUB's code.
+# A method's place is part of its random seed: add new ones at the end.
 # fmt: off
 METHODS = {
     "ft": dict(
         run=ft, label="FT", touches=RETAIN, flags=steps(0.03, 10, 64, "sgd"),
-        on={"toyfaces": steps(0.1), "cifar10": steps(0.01, batch_size=256)},
-        grid=dict(unlearn_lr=(0.003, 0.01, 0.03, 0.1)),
+        on={
+            "toyfaces": steps(0.1), "cifar10": steps(0.01, batch_size=256),
+            "celeba": steps(1e-3, 5, 32), "celebahq": steps(1e-3, 5, 32),
+        },
+        search=("unlearn_lr", "unlearn_epochs"),
     ),
     "randl": dict(
         run=randl, label="RandL", touches=BOTH, flags=steps(0.001, 5, 64, "sgd"),
-        on={"toyfaces": steps(0.03), "cifar10": steps(0.01, 10, 256)},
-        grid=dict(unlearn_lr=(0.0003, 0.001, 0.003, 0.01, 0.03)),
+        on={
+            "toyfaces": steps(0.03), "cifar10": steps(0.01, 10, 256),
+            "celeba": steps(1e-3, 5, 32), "celebahq": steps(1e-3, 5, 32),
+        },
+        search=("unlearn_lr", "unlearn_epochs"),
     ),
     "ga": dict(  # with identities METAUNLEARN's bar: one step on S
         run=ga, label="GA", touches=FORGET, flags=steps(0.03, 5, 64),
-        on={"identities": steps(0.003, 1), "toyfaces": steps(0.3)},
-        grid=dict(unlearn_lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)),
+        on={
+            "identities": steps(0.003, 1), "toyfaces": steps(0.3),
+            "cifar10": steps(5e-4, 5, 256),
+        },
+        search=("unlearn_lr",),
     ),
     "amnesiac": dict(
         run=amnesiac, label="Amnesiac", touches=BOTH, flags=steps(3e-4, 3, 64, "adam"),
-        on={"toyfaces": steps(1e-3)}, grid=dict(unlearn_lr=(1e-4, 3e-4, 1e-3, 3e-3)),
+        on={
+            "toyfaces": steps(1e-3), "cifar10": steps(1e-4, 3, 128),
+            "celeba": steps(1e-4, 3, 128), "celebahq": steps(1e-4, 3, 128),
+        },
+        search=("unlearn_lr", "unlearn_epochs"),
     ),
     "fisher": dict(
         run=fisher, label="Fisher", touches=RETAIN,
-        flags=steps(batch_size=64) | dict(fisher_alpha=1e-6),
-        on={"cifar10": dict(fisher_alpha=1e-9)},
-        grid=dict(fisher_alpha=(1e-9, 1e-8, 1e-7, 1e-6, 1e-5)),
+        flags=dict(fisher_alpha=1e-6), on={"cifar10": dict(fisher_alpha=1e-9)},
+        search=("fisher_alpha",),
     ),
     "ssd": dict(
         run=ssd, label="SSD", touches=STORED,
@@ -640,17 +678,18 @@ METHODS = {
             "toyfaces": dict(ssd_alpha=10.0),
             "celeba": steps(batch_size=128) | dict(ssd_alpha=50.0, ssd_lambda=2.0),
             "celebahq": steps(batch_size=128) | dict(ssd_alpha=50.0, ssd_lambda=0.1),
+            "celebahq-50": dict(ssd_alpha=10.0, ssd_lambda=0.5),
         },
-        grid=dict(ssd_alpha=(1.0, 1.5, 2.0, 3.0, 5.0, 10.0), ssd_lambda=(0.1, 0.5, 1.0)),
+        search=("ssd_alpha", "ssd_lambda"),
     ),
     "badt": dict(
         run=badt, label="Bad Teacher", touches=BOTH,
         flags=steps(1e-3, 1, 64, "adam") | dict(temperature=1.0),
         on={
-            "toyfaces": steps(1e-5),
+            "toyfaces": steps(1e-5), "cifar10": steps(1e-4, 1, 256),
             "celeba": steps(1e-4, 5, 32, "sgd"), "celebahq": steps(1e-4, 5, 32, "sgd"),
         },
-        grid=dict(unlearn_lr=(1e-5, 1e-4, 3e-4, 1e-3)),
+        search=("unlearn_lr", "unlearn_epochs"),
     ),
     "salun": dict(
         run=salun, label="SalUn", touches=BOTH,
@@ -658,8 +697,10 @@ METHODS = {
         on={
             "toyfaces": steps(0.01) | dict(mask_share=0.5),
             "cifar10": steps(0.013, 10, 256) | dict(mask_share=0.5),
+            "celeba": steps(1e-3, 5, 32) | dict(mask_share=0.5),
+            "celebahq": steps(1e-3, 5, 32) | dict(mask_share=0.5),
         },
-        grid=dict(unlearn_lr=(0.001, 0.003, 0.01), mask_share=(0.2, 0.5)),
+        search=("unlearn_lr", "mask_share", "unlearn_epochs"),
     ),
     "scrub": dict(
         run=scrub, label="SCRUB", touches=BOTH,
@@ -669,31 +710,30 @@ METHODS = {
             "celeba": steps(5e-3, 10, 32) | dict(ascent_epochs=5),
             "celebahq": steps(1e-2, 10, 32) | dict(ascent_epochs=5),
         },
-        grid=dict(unlearn_lr=(0.001, 0.003, 0.01), ascent_epochs=(1, 2)),
+        search=("unlearn_lr", "ascent_epochs", "unlearn_epochs"),
     ),
     "pgu": dict(
         run=pgu, label="PGU", touches=STORED, flags=steps(0.01, 10, 64) | dict(pgu_gamma=0.9),
         on={
             "toyfaces": steps(1.0), "celeba": steps(0.1, 5, 128), "celebahq": steps(0.1, 5, 128),
         },
-        grid=dict(unlearn_lr=(0.01, 0.05, 0.2, 1.0), pgu_gamma=(0.9, 0.95)),
+        search=("unlearn_lr", "pgu_gamma", "unlearn_epochs"),
     ),
     "jit": dict(
-        run=jit, label="JiT", touches=FORGET, flags=steps(0.003, 1, 64) | dict(jit_sigma=0.5),
+        run=jit, label="JiT", touches=FORGET, flags=steps(1e-4, 1, 64) | dict(jit_sigma=0.5),
         on={
-            "toyfaces": steps(0.3),
+            "toyfaces": steps(0.03),
             "celeba": steps(0.01, batch_size=128) | dict(jit_sigma=30.0),
             "celebahq": steps(0.01, batch_size=128) | dict(jit_sigma=30.0),
         },
-        grid=dict(unlearn_lr=(0.003, 0.03, 0.3), jit_sigma=(0.1, 0.5, 2.0)),
+        search=("unlearn_lr", "jit_sigma"),
     ),
     "influence": dict(
         run=influence, label="Influence (ours)", touches=STORED,
-        flags=steps(batch_size=64) | dict(damping=1e-5, radius=1.0),
-        on={"identities": dict(damping=0.01)},
-        grid=dict(damping=(1e-5, 1e-4, 1e-3, 1e-2), radius=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0, 4.0)),
+        flags=steps(batch_size=64) | dict(damping=1e-5, radius=0.03),
+        on={"identities": dict(damping=0.01)}, search=("radius", "damping"),
     ),
-    "retrain": dict(run=retrain, label="Second gold", touches=RETAIN, flags={}, on={}, grid={}),
+    "retrain": dict(run=retrain, label="Second gold", touches=RETAIN, flags={}, on={}, search=()),
 }
 # fmt: on
 # With identities these have S, one picture a person, in place of D_f, as METAUNLEARN's Table 1 has
@@ -706,8 +746,8 @@ FORGET_IS_SUPPORT = ("ga", "ssd", "pgu", "jit", "influence")
 
 def own_args(method: str, args, **changes) -> argparse.Namespace:
     """The flags of one method: its own values, under the command line's, under `changes`."""
-    values = dict(METHODS[method]["flags"])
-    for key in (args.forget, pathlib.Path(args.dataset).name):
+    values, dataset = dict(METHODS[method]["flags"]), pathlib.Path(args.dataset).name
+    for key in (args.forget, dataset, f"{dataset}-{args.ids}"):
         values |= METHODS[method]["on"].get(key, {})
     values |= {flag: getattr(args, flag) for flag in values if getattr(args, flag) is not None}
     return argparse.Namespace(**vars(args) | values | changes)
@@ -721,14 +761,15 @@ def access(method: str, args) -> dict:
     return names
 
 
-def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float]:
-    """The unlearned copy of model, in eval mode, and the seconds it took; model is not changed.
+def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float, float]:
+    """The unlearned copy of model, in eval mode, its seconds and passes; model is not changed.
 
-    Raises FloatingPointError where the method diverged.
+    Passes are images read over |D|. Raises FloatingPointError where the method diverged.
     """
     if data["device"].type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    student, begin = copy.deepcopy(model).eval().requires_grad_(True), time.time()
+    student, begin = copy.deepcopy(model).eval().requires_grad_(True), clock(data["device"])
+    read = data.get("read", 0)
     rng = generator(args.seed, args.split_seed, list(METHODS).index(method), 9)
     have = {name: sets[source] for name, source in access(method, args).items()}
     some = next(iter(have.values()))[:64]
@@ -736,13 +777,14 @@ def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float]:
     if method == "retrain":
         have["split"] = sets["split"]
     took = METHODS[method]["run"](student, data, have, args, rng)
+    took = clock(data["device"]) - begin if took is None else took
+    passes = (data.get("read", 0) - read) / len(sets["statistics"])
     finite = all(torch.isfinite(p).all() for p in student.parameters())
     if not finite or not torch.isfinite(predict(student.eval(), data, some)).all():
-        searched = METHODS[method]["grid"]
+        searched = METHODS[method]["search"]
         own = ", ".join(f"{flag_name(flag)} {getattr(args, flag):g}" for flag in searched)
         raise FloatingPointError(f"{method} diverged; lower its step ({own})")
-    took = time.time() - begin if took is None else took
-    return student.eval().requires_grad_(False), took
+    return student.eval().requires_grad_(False), took, passes
 
 
 def sets_of(split: dict, args) -> dict:
@@ -758,43 +800,29 @@ def sets_of(split: dict, args) -> dict:
     return sets | {"statistics": D.sort().values, "split": split}
 
 
-def search(method: str, model, data, split, sets, args, problems=None) -> tuple[dict, list]:
-    """Try the method's grid; returns the best values and all that was tried.
+def search(method: str, model, data, split, sets, args, problems=None, partial=None) -> tuple:
+    """Search the method's flags; returns the best values and the record of evaluate.search.
 
-    It reads neither test set nor gold model. Random samples: the validation gap on the real request
-    (lower is better). Identities: 1 - ToW of simulated requests, drawn from all training identities
-    as in METAUNLEARN's meta-training; the real Support set is not touched. A flag that the command
-    line gives is not searched.
+    It reads neither test set nor gold model, and with identities not the real Support set: see
+    evaluate.judge. A flag that the command line gives is not searched.
     """
-    grid = METHODS[method]["grid"]
-    grid = {flag: values for flag, values in grid.items() if getattr(args, flag) is None}
-    sets, tried = sets | {"stored": {}}, []
+    start, sets = own_args(method, args), sets | {"stored": {}}
+    axes = [flag for flag in METHODS[method]["search"] if getattr(args, flag) is None]
     if problems is None and args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
+    kept, judged_by = evaluate.hold_out(sets["retain"].tolist(), split, args)
+    sets["retain"] = torch.tensor(kept)
 
-    def distance(own) -> float:
-        if problems is None:
-            student, _ = run(method, model, data, sets, own)
-            seen = sets["retain"].tolist()
-            return evaluate.validation_gap(student, model, data, split, seen, own)["mean"]
+    def distance(values) -> float:
+        def unlearn(problem=None):
+            own = simulated_sets(problem, sets) if problem else sets
+            return run(method, model, data, own, own_args(method, args, **values))[0]
 
-        def unlearn(problem):
-            return run(method, model, data, simulated_sets(problem, sets), own)[0]
+        return evaluate.judge(unlearn, problems, model, data, split, judged_by, args)
 
-        return 1 - evaluate.simulated_tow(unlearn, problems, data, args.amp)
-
-    for values in itertools.product(*grid.values()):
-        tried.append(dict(zip(grid, values, strict=True)))
-        own, found = own_args(method, args, **tried[-1]), None
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-            with contextlib.suppress(FloatingPointError, SystemExit):  # diverged
-                found = distance(own)
-        said = ", ".join(f"{flag_name(flag)} {value:g}" for flag, value in tried[-1].items())
-        tried[-1]["distance"] = found
-        shown = "diverged" if found is None else f"distance {100 * found:.2f}"
-        say(f"{method} search: {said}: {shown}")
-    best = min(tried, key=lambda t: math.inf if t["distance"] is None else t["distance"])
-    return {name: best[name] for name in grid}, tried
+    if not axes:
+        return {}, {"chosen": {}, "search": [], "open": []}
+    return evaluate.search({flag: getattr(start, flag) for flag in axes}, distance, args, partial)
 
 
 def simulated_sets(problem, sets) -> dict:
@@ -815,7 +843,7 @@ def ascent_step(model, data, split, args) -> tuple:
     own = argparse.Namespace(**vars(args) | own)
     sets, problems = sets_of(split, own), evaluate.simulated_problems(model, data, split, args)
     best, _ = search("ga", model, data, split, sets, own, problems)
-    student, _ = run("ga", model, data, sets, own_args("ga", own, **best))
+    student = run("ga", model, data, sets, own_args("ga", own, **best))[0]
     return student, best["unlearn_lr"], problems
 
 
@@ -825,26 +853,27 @@ def run_and_report(method, model, both, data, split, sets, seconds, args, flags)
     both: the measured rows of the original and the gold model. flags: as evaluate.flags_of.
     """
     chosen, more = {}, {}
-    if args.search and METHODS[method]["grid"]:
-        chosen, tried = search(method, model, data, split, sets, args)
-        more = {"search": tried, "chosen": chosen}
+    if args.search and METHODS[method]["search"]:
+        partial = evaluate.tries_path(evaluate.run_name(method, args), args)
+        chosen, more = search(method, model, data, split, sets, args, partial=partial)
     try:
-        student, took = run(method, model, data, sets, own_args(method, args, **chosen))
+        student, took, passes = run(method, model, data, sets, own_args(method, args, **chosen))
     except FloatingPointError as error:
         if len(args.method) == 1:
             fail(str(error))
         say(f"{error}; left out")
         return None
-    begin, seen = time.time(), sets["retain"].tolist()
+    begin, seen = clock(data["device"]), sets["retain"].tolist()
     rows = both | {"unlearned": evaluate.measure(student, data, split, args.amp, seen)}
-    seconds = seconds | {"unlearn": took, "evaluate": time.time() - begin}
+    seconds = seconds | {"unlearn": took, "evaluate": clock(data["device"]) - begin}
     share = f"retain (rho {args.rho:g})"
     reads = [share if name == "retain" else name for name in access(method, args).values()]
     sources = {"unlearning": ["retain"] if method == "retrain" else reads}
     if more:
         of_D_r = "retain" if args.forget == "identities" else share
         sources["choosing flags"] = ["forget", of_D_r, "val"]
-    say(f"{method}: {took:.1f} s")
+    more["passes"] = passes
+    say(f"{method}: {took:.1f} s, {passes:.1f} passes over D")
     name = evaluate.run_name(method, args)
     return evaluate.report(name, student, rows, seconds, sources, flags, data, split, args, **more)
 
@@ -867,7 +896,7 @@ def parse_args(argv=None):
         help=f"which to run: {', '.join(METHODS)}; all: all but retrain")
     add("--rho", type=common.share, default=1.0,
         help="share of D_r at hand; LTU's Table 1: 1, Table 2: 0.1, 0.3")
-    add("--search", action="store_true", help="first try each method's grid on validation data")
+    add("--search", action="store_true", help="first search each method's flags on validation data")
     add("--all-pictures", action="store_true",
         help="identities: all of D_f in place of S, to see what one picture costs")
     add = parser.add_argument_group("single methods' flags (their values: above)").add_argument
@@ -887,7 +916,7 @@ def parse_args(argv=None):
     add("--pgu-gamma", type=common.share, help="PGU: share of singular values kept; paper: 0.9")
     add("--jit-sigma", type=common.positive, help="JiT: noise; paper: 0.8, METAUNLEARN: 30")
     add("--damping", type=common.positive, help="Influence: lambda, which is added to F")
-    add("--radius", type=common.positive, help="Influence: length of its step, over all weights")
+    add("--radius", type=common.positive, help="Influence: length of its step over that of theta")
     # fmt: on
     evaluate.add_result_arguments(parser)
     common.add_shared_arguments(parser)

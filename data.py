@@ -484,6 +484,7 @@ def flip_labels(data: dict, share: float, split_seed: int) -> dict:
 
 def raw_batch(data: dict, indices) -> Tensor:
     """Images at indices in [0, 1], as they are seen at test time: (B, 3, H, W) on the device."""
+    data["read"] = data.get("read", 0) + len(indices)  # the cost of a method, in images
     images = data["images"][torch.as_tensor(np.asarray(indices), device=data["images"].device)]
     return images.to(data["device"]).permute(0, 3, 1, 2).float() / 255
 

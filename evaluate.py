@@ -15,7 +15,9 @@ The methods import this file; it imports none of them. A table's rows are runs, 
 import argparse
 import contextlib
 import csv
+import itertools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -156,17 +158,39 @@ def simulated_tow(unlearn, problems, data, amp) -> float:
     return float(np.mean(values))
 
 
-def validation_gap(unlearned, model, data, split, seen, args) -> dict | None:
+def hold_out(seen: list, split, args) -> tuple[list, list]:
+    """The part of D_r_hat (`seen`) with which a setting is tried, and the part that judges it.
+
+    Where some of D_r is out of reach, a tenth (30 images at least) is kept from the method: on the
+    images that it trains on, it would look as good as if it had all of D_r.
+    """
+    if "support" in split or len(seen) == len(split["retain"]):
+        return seen, seen
+    order = np.random.default_rng([args.split_seed, 16]).permutation(seen).tolist()
+    number = min(max(30, len(seen) // 10), len(seen) // 2)
+    return sorted(order[number:]), sorted(order[:number])
+
+
+def judge(unlearn, problems, model, data, split, judged_by, args) -> float:
+    """How far a setting is from the goal, the less the better; unlearn gives an unlearned model.
+
+    Random samples: the validation gap on the real request. Identities: 1 - ToW of the simulated
+    requests `problems`, unlearn(problem), so the real Support set is not touched.
+    """
+    if problems:
+        return 1 - simulated_tow(unlearn, problems, data, args.amp)
+    return validation_gap(unlearn(), model, data, split, judged_by, args)["mean"]
+
+
+def validation_gap(unlearned, model, data, split, judged_by, args) -> dict:
     """How far from the goal, judged without gold model and test set: the rule for random samples.
 
     Ours. The goal is the original model, but with D_f looking like the validation images, which it
-    never saw. UA: its error on D_v. RA: its accuracy on D_r_hat (`seen`). TA: its accuracy on D_v.
-    MI: the share of D_v that the attack (members: D_r_hat) takes for non-members. Returns the four
-    gaps and their mean, in [0, 1]; None for a whole class, of which D_v has no image.
+    never saw. UA: its error on D_v. RA: its accuracy on `judged_by` (see hold_out). TA: its
+    accuracy on D_v. MI: the share of D_v that the attack (members: judged_by) takes for
+    non-members. Returns the four gaps and their mean, in [0, 1].
     """
-    if args.forget in ("class", "subclass"):
-        return None
-    parts = {"seen": seen, "val": split["val"], "forget": split["forget"]}
+    parts = {"seen": judged_by, "val": split["val"], "forget": split["forget"]}
 
     def figures(m, forget):
         sure, right = {}, {}
@@ -179,6 +203,87 @@ def validation_gap(unlearned, model, data, split, seen, args) -> dict | None:
     goal, got = figures(model, "val"), figures(unlearned, "forget")
     gaps = {name: abs(got[name] - goal[name]) for name in goal}
     return gaps | {"mean": float(np.mean(list(gaps.values())))}
+
+
+TRIES = 12  # settings that a search tries, the same for every method
+SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are moved
+
+
+def search(start: dict, distance, args, partial=None) -> tuple[dict, dict]:
+    """Choose flags by pattern search (Hooke and Jeeves 1961): the one rule for every method.
+
+    start: {flag: value}, the step size first. distance(values) says how far a setting is from the
+    goal. One flag at a time is moved half a decade up or down; where that is better it is moved on,
+    so that no range has an edge. Where no move is better, moves become half as long. A step size
+    also goes up where nothing changes, for there it is too small to do anything. It ends after
+    TRIES settings, or at moves of a sixteenth of a decade. Returns the best values, and a record:
+    `chosen`, `search` (all that was tried) and `open`, flags whose best value is the largest or the
+    smallest tried. partial: where tries are kept, so that --resume does not repeat them.
+    """
+    most, about = {"unlearn_epochs": args.epochs, "ascent_epochs": args.epochs}, flags_of(args)
+    known, tried = [], []
+    if partial and args.resume and partial.is_file():
+        saved = json.loads(partial.read_text())
+        known = saved["tried"] if saved["about"] == json.loads(json.dumps(about)) else []
+
+    def values_at(place: dict) -> dict:
+        return {k: moved(k, v, place[k], most.get(k, math.inf)) for k, v in start.items()}
+
+    def measured(place: dict) -> float:
+        values = values_at(place)
+        own = [t for t in tried if values.items() <= t.items()]
+        if not own and len(tried) < TRIES:
+            own = [t for t in known if values.items() <= t.items()]
+            own = own or [values | {"distance": quietly(distance, values)}]
+            tried.append(own[0])
+            said = ", ".join(f"{common.flag_name(k)} {v:g}" for k, v in values.items())
+            found = own[0]["distance"]
+            shown = "diverged" if found is None else f"distance {100 * found:.2f}"
+            say(f"search {len(tried)}/{TRIES}: {said}: {shown}")
+            if partial:
+                common.write_json(partial, {"about": about, "tried": tried})
+        return own[0]["distance"] if own and own[0]["distance"] is not None else math.inf
+
+    first, place, length = next(iter(start)), dict.fromkeys(start, 0), 8
+    least = measured(place)
+    while length and len(tried) < TRIES:
+        before = place
+        for flag, way in itertools.product(start, (length, -length)):
+            better = True
+            while better:
+                new = place | {flag: place[flag] + way}
+                found, up = measured(new), flag == first and way > 0
+                changes = values_at(new) != values_at(place)
+                better = changes and (found < least or (up and found == least < math.inf))
+                place, least = (new, found) if better else (place, least)
+        length = length if place != before else length // 2
+    best, ends = values_at(place), []
+    for flag, value in best.items():
+        others = [t[flag] for t in tried]
+        bound = isinstance(value, int) and value in (1, most.get(flag))
+        if value in (min(others), max(others)) and not bound:
+            ends.append(flag)
+    return best, {"chosen": best, "search": tried, "open": ends}
+
+
+def moved(flag: str, start, sixteenths: int, most: float):
+    """The value of a flag so many sixteenths of a decade from its start; of a share, its odds."""
+    factor = 10 ** (sixteenths / 16)
+    if isinstance(start, int):
+        return int(min(max(1, round(start * factor)), most))
+    if flag in SHARES:
+        odds = start / (1 - start) * factor
+        return float(f"{odds / (1 + odds):.3g}")
+    return float(f"{start * factor:.3g}")
+
+
+def quietly(distance, values) -> float | None:
+    """distance(values) without its messages; None where the method diverged."""
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        with contextlib.suppress(FloatingPointError, SystemExit):
+            found = distance(values)
+            return found if math.isfinite(found) else None
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,6 +323,11 @@ def run_name(method: str, args) -> str:
 def result_path(name: str, args) -> pathlib.Path:
     folder = f"{pathlib.Path(args.dataset).name}-{setting(args)}"
     return pathlib.Path(args.out) / folder / f"{name}-seed{args.seed}.json"
+
+
+def tries_path(name: str, args) -> pathlib.Path:
+    """Where an interrupted search keeps what it has tried."""
+    return result_path(name, args).with_suffix(".tries")
 
 
 def flags_of(args) -> dict:
@@ -276,7 +386,8 @@ def report(name, model, rows, seconds, access, flags, data, split, args, **more)
     """Save the unlearned model, write the run file, draw --plot; returns the result as written.
 
     rows: {original, retrained, unlearned, perhaps others: as measure gives them}. access: {phase:
-    the sets that it read}. flags: as flags_of gives them.
+    the sets that it read}. flags: as flags_of gives them. more: `passes` of unlearning, images read
+    over |D|, and whatever else the method says of itself.
     """
     content = dict(kind="model", which="unlearned", model=model.state_dict(), split=split["hash"])
     content |= dict(architecture=args.model, image_size=args.image_size)
@@ -284,9 +395,15 @@ def report(name, model, rows, seconds, access, flags, data, split, args, **more)
     checkpoint = checkpoint_folder(args) / f"{name}-seed{args.seed}.pt"
     path = result_path(name, args)
     common.save_checkpoint(checkpoint, **content)
+    tries_path(name, args).unlink(missing_ok=True)
     result = run_header(name, data, split, args, flags) | {"access": access, "metrics": rows}
+    retained = len(split["retain"]) / (len(split["retain"]) + len(split["forget"]))
     result["metric"] = "mAP" if data["targets"].ndim == 2 else "accuracy"
-    result |= more | {"seconds": seconds} | common.provenance(data["device"])
+    result |= (
+        more
+        | {"seconds": seconds, "retrain_passes": args.epochs * retained}
+        | common.provenance(data["device"])
+    )
     common.write_json(path, result)
     took = ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items())
     say(f"result: {path}\nunlearned model: {checkpoint}\n{took}")
@@ -694,10 +811,17 @@ def rows_of(found: dict, kind: str) -> dict:
         first = next(runs[k] for runs in found.values() if k in runs)
         for label, name in (("Trained", "original"), ("Retrained", "retrained")):
             table.setdefault(label, {})[k] = quantities(first, name, kind)
+        table["Retrained"][k] |= {"UT": first["seconds"].get("retrain")}
+        table["Retrained"][k] |= {"passes": first.get("retrain_passes")}
     for label, runs in found.items():
         for k, run in runs.items():
             own, seconds = quantities(run, "unlearned", kind), run["seconds"]
             own["UT"] = seconds["unlearn"] + seconds.get("mi_models", 0)
+            own |= {
+                "passes": run.get("passes"),
+                "search": run.get("search"),
+                "open": run.get("open"),
+            }
             own["touches"] = ", ".join(run["access"]["unlearning"])
             table.setdefault(label, {})[k] = own
     return table
@@ -710,7 +834,7 @@ def table_lines(table: dict, kind: str, paper: dict, reference: str) -> list[lis
         columns, main, better = ["D_r", "D_f", "D_te"], "ToW", True
     compared = any(label.split(", ")[0] == reference for label in table)
     against = ["Trained", reference] if compared else ["Trained"]
-    ends = ["D_f less control", f"paper's {main}", "touches", "UT, s", "n"]
+    ends = ["D_f less control", f"paper's {main}", "touches", "tried", "UT, s (passes)", "n"]
     lines = [["", *columns, main, *(f"less {other}" for other in against), *ends]]
     for label, by_split in table.items():
         values, line = list(by_split.values()), [label]
@@ -725,11 +849,28 @@ def table_lines(table: dict, kind: str, paper: dict, reference: str) -> list[lis
             pairs = [(v["main"], there[k]["main"]) for k, v in by_split.items() if k in there]
             own = label in ("Trained", "Retrained", other)
             line.append("" if own or not pairs else difference(pairs, better))
-        seconds = [v["UT"] for v in values if "UT" in v]
         line += [mean_std([v["lost"] for v in values]), paper_cell(paper, label, kind)]
-        line += [values[0].get("touches", ""), mean_std(seconds) if seconds else ""]
+        line += [values[0].get("touches", ""), searched_cell(values), cost_cell(values)]
         lines.append([*line, str(len(values))])
     return lines
+
+
+def searched_cell(values: list[dict]) -> str:
+    """How many settings were tried, and in how many runs the best is the last one of a flag."""
+    if "touches" not in values[0]:
+        return ""
+    if not all(v["search"] for v in values):
+        return "not searched"
+    tried = round(np.mean([len(v["search"]) for v in values]))
+    at_an_end = sum(bool(v["open"]) for v in values)
+    return f"{tried}" + (f" (at an end: {at_an_end} of {len(values)})" if at_an_end else "")
+
+
+def cost_cell(values: list[dict]) -> str:
+    """Mean seconds of unlearning, and in brackets its passes over D."""
+    seconds, passes = ([v.get(key) for v in values] for key in ("UT", "passes"))
+    cells = ["" if None in own else f"{np.mean(own):.1f}" for own in (seconds, passes)]
+    return f"{cells[0]} ({cells[1]})" if cells[1] else cells[0]
 
 
 def paper_cell(paper: dict, label: str, kind: str) -> str:
@@ -757,11 +898,11 @@ def print_table(table: str, header: dict, runs: list, markdown=False, brief=Fals
     if brief:
         main = "ToW" if kind == "mu" else "average gap"
         papers = [f"paper's {main}"] if paper else []
-        wanted = ["", main, "less Trained", "D_f less control", *papers, "n"]
+        wanted = ["", main, "less Trained", "D_f less control", *papers, "UT, s (passes)", "n"]
         kept = [lines[0].index(column) for column in wanted]
         lines = [[line[c] for c in kept] for line in lines]
         for line in lines[1:] if paper else ():
-            line[-2] = line[-2].split(" (")[0]  # without the scores behind it
+            line[-3] = line[-3].split(" (")[0]  # without the scores behind it
     title = f"{table}, {header['title']}" + (f"; paper: {header['paper']}" if paper else "")
     say(f"\n{title}\n{render(lines, markdown)}")
     absent = [label for label in rows if label not in found]
@@ -790,6 +931,7 @@ def print_tables(args, header, runs):
     half = "differences paired by split ± half of their 95 % interval"
     say(f"\nMean ± standard deviation; {half}. {what}.")
     say("D_f less control: score lost on D_f, less that lost by a control out of D_r.")
+    say("tried: settings in a search. UT: seconds of unlearning; passes: images read over |D|.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -811,14 +953,15 @@ def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3) -> torch.Tensor:
     Pr(.) = ((1 + a) Pr_out + 1 - a) / 2: Pr_out is the mean over reference models that never saw
     the point, and the rest stands in for models that were trained on it. Shapes: x (N,),
     x_references (R, N), z (M,), z_references (R, M) -> (N,) in [0, 1]. Source: Zarifzadeh et al.
-    2024, the offline attack of their appendix (a 0.3, gamma 2; with confidences that are geometric
-    means over attributes a factor of 2 hardly occurs, so gamma is 1 here).
+    2024, the offline attack of their appendix (a 0.3). With one population z for all x the score
+    rises with x's own ratio, so gamma (theirs: 2) and z change no figure that is reported here.
     """
     pairs = ((x, x_references), (z, z_references))
-    ratio = [p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in pairs]
-    share = (ratio[0][:, None] >= gamma * ratio[1][None]).double().mean(1)  # RMIA score
+    of_x, of_z = (p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in pairs)
+    # RMIA score: how many gamma LR(z) lie at or below LR(x), without the matrix of all pairs
+    share = torch.searchsorted(gamma * of_z.sort().values, of_x, right=True).double() / len(of_z)
     # With few points z many scores tie at 1; among ties the ratio of x decides.
-    return share + 1e-9 * ratio[0] / (1 + ratio[0])
+    return share + 1e-9 * of_x / (1 + of_x)
 
 
 def roc(members, others) -> tuple[float, dict]:
