@@ -25,7 +25,7 @@ import types
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -159,8 +159,15 @@ def _incomplete(title: str, why: str, *expected):
     fail(f"{title} is not complete{why}. Expected:\n  {files}\nNo download needed: {instead}")
 
 
+def _text(path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read as UTF-8 text ({error})")
+
+
 def _rows(path) -> list[list[str]]:
-    return [line.split() for line in path.read_text().splitlines() if line.strip()]
+    return [line.split() for line in _text(path).splitlines() if line.strip()]
 
 
 def read_celeba(root: pathlib.Path) -> dict:
@@ -199,7 +206,7 @@ def _with_attributes(title, source, first, table, identities, mapping=None) -> d
         values = np.array([row[1:] for row in rows], dtype=np.int8)  # (N, K)
         if values.shape != (int(count), len(target_names)) or not np.isin(values, (-1, 1)).all():
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         form = "rows `file number`, or a row count, K names and rows `file v1 .. vK` of -1 or 1"
         fail(f"{path} is cut short or damaged; expected: {form}")
     names = [row[0] for row in rows]
@@ -312,7 +319,7 @@ def read_tinyimagenet(root: pathlib.Path) -> dict:
     files = listing, annotations, pictures, "(tiny-imagenet-200.zip, from the CS231n page)"
     if not listing.is_file() or not annotations.is_file():
         _incomplete("Tiny-ImageNet", "", *files)
-    classes = listing.read_text().split()
+    classes = _text(listing).split()
     rows = []  # path, class number
     for number, name in enumerate(classes):
         pictures = sorted((folder / "train" / name / "images").glob("*.JPEG"))
@@ -320,7 +327,7 @@ def read_tinyimagenet(root: pathlib.Path) -> dict:
             _incomplete("Tiny-ImageNet", f": train/{name}/images has no picture", *files)
         rows += [(picture, number) for picture in pictures]
     training = len(rows)
-    for line in annotations.read_text().splitlines():
+    for line in _text(annotations).splitlines():
         words = line.split("\t")
         if len(words) < 2 or words[1] not in classes:
             fail(f"{annotations} is damaged: no file, tab and class of wnids.txt in {line[:60]!r}")
@@ -368,7 +375,7 @@ def prepare(args) -> pathlib.Path:
 
 
 def _read_npz(path) -> dict:
-    with open(path, "rb") as file, np.load(file) as table:
+    with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as table:
         return dict(table)
 
 
@@ -403,35 +410,50 @@ def _decode(source, size: int) -> np.ndarray | str:
         with opened(source) as image:
             # A JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target.
             image.draft("RGB", (2 * size, 2 * size))
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            upright = ImageOps.exif_transpose(image).convert("RGB")  # phones note how they are held
+            return np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR))
+    except Exception as error:  # Pillow raises many things at a damaged picture
         return f"{source} ({error})"
 
 
-def _read_pair(base) -> tuple[np.ndarray, dict, list]:
-    """Read and check a prepared pair: images (N, S, S, 3), the table, its optional columns."""
+def _read_pair(base) -> tuple[np.ndarray, dict]:
+    """Read and check a prepared pair: images (N, S, S, 3), and the columns of the table."""
     try:
         # Copy-on-write: torch wants a writable array, and the file must stay as it is.
         images, table = np.load(f"{base}.npy", mmap_mode="c"), _read_npz(f"{base}.npz")
-        targets, identities, is_test = (table.get(k) for k in ("targets", "identities", "is_test"))
-        columns = [table[k] for k in ("identities", "is_test", "coarse") if k in table]
         square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
+        if not len(images):
+            raise ValueError("it holds no images")
         if not square or images.dtype != np.uint8:
-            raise ValueError("images must be uint8 (N, S, S, 3)")
-        if any(len(column) != len(images) for column in (table["targets"], *columns)):
-            raise ValueError("targets, identities, is_test and coarse must have a row per image")
-        if identities is not None and (identities.dtype.kind not in "iu" or identities.min() < 0):
-            raise ValueError("identities must be whole numbers from 0")
-        if is_test is not None and is_test.dtype != bool:
-            raise ValueError("is_test must be true or false for each image")
-        names = len(table.get("target_names", ()))
+            are = f"{images.dtype} {images.shape}"
+            raise ValueError(f"images must be uint8 (N, S, S, 3), not {are}")
+        if "targets" not in table:
+            raise ValueError(f"no array named targets in {base}.npz, only {', '.join(table)}")
+        for name in sorted(COLUMNS & set(table)):
+            table[name] = _column(name, table[name], len(images))
+        targets, names = table["targets"], len(table.get("target_names", ()))
         if names and names != (targets.shape[1] if targets.ndim == 2 else targets.max() + 1):
             raise ValueError(f"target_names has {names} names, which is not the number of targets")
-        if targets.min() < 0 or (targets.ndim == 2 and not np.isin(targets, (0, 1)).all()):
-            raise ValueError("targets must be 0 or 1 (N, K), or class numbers from 0 (N,)")
     except Exception as error:  # np.load raises many things at a foreign or damaged file
         fail(f"{base}.npy/.npz cannot be used: {error}")
-    return images, table, columns
+    return images, table
+
+
+COLUMNS = {"targets", "identities", "is_test", "coarse"}
+
+
+def _column(name: str, values: np.ndarray, n: int) -> np.ndarray:
+    """A column of n images as int64, is_test as bool; raises ValueError where it cannot be one."""
+    shape = (n, *values.shape[1:2]) if name == "targets" else (n,)
+    if values.shape != shape or not values.size or values.dtype.kind not in "biuf":
+        wanted = f"({n},) or ({n}, K)" if name == "targets" else f"({n},)"
+        raise ValueError(f"{name} must be numbers {wanted}, not {values.dtype} {values.shape}")
+    # Classes without gaps are fewer than the images; NaN compares as false.
+    most = {"identities": 2**63 - 1, "is_test": 1}.get(name, n - 1 if values.ndim == 1 else 1)
+    if not ((values >= 0) & (values <= most) & (values == np.floor(values))).all():
+        kind = "classes numbered from 0 without gaps" if most == n - 1 else "whole numbers"
+        raise ValueError(f"{name} must be {kind}, from 0 to {most}")
+    return values.astype(bool if name == "is_test" else np.int64)
 
 
 def load(args, device=CPU) -> dict:
@@ -441,30 +463,41 @@ def load(args, device=CPU) -> dict:
     names annotations and images; true_targets are the targets before any flip; identities, is_test
     and groups (what --forget-classes numbers) are None where the data has none.
     """
-    images, table, columns = _read_pair(prepare(args))
-    targets, identities = table["targets"], table.get("identities")
+    images, table = _read_pair(prepare(args))
+    targets = table["targets"]
     some = np.linspace(0, len(images) - 1, 64).astype(int)
-    digest = hashlib.sha256(images[some].tobytes() + np.ascontiguousarray(targets).tobytes())
-    for column in columns:
-        digest.update(np.asarray(column, dtype=np.int64).tobytes())
+    digest = hashlib.sha256(images[some].tobytes())
+    for name in sorted(COLUMNS & set(table)):
+        digest.update(name.encode() + table[name].tobytes())
     groups = targets if targets.ndim == 1 else None
     if args.forget == "subclass":  # the model learns super-classes; a member of one is forgotten
         if "coarse" not in table:
             fail(f"--forget subclass needs super-classes; {args.dataset} has none, cifar100 has")
         targets = table["coarse"]
         table["target_names"] = table.get("coarse_names", np.unique(targets).astype(str))
-    targets = torch.from_numpy(targets.astype(np.float32 if targets.ndim == 2 else np.int64))
+    _check_that_labels_differ(args.dataset, targets, table.get("target_names"))
+    targets = torch.from_numpy(targets).to(torch.float32 if targets.ndim == 2 else torch.int64)
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     args.image_size, images = images.shape[1], torch.from_numpy(images)
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)
     data = {"name": pathlib.Path(args.dataset).name, "classes": classes, "device": device}
     data |= {"images": images, "targets": targets, "true_targets": targets, "groups": groups}
-    data |= {"is_test": table.get("is_test"), "digest": digest.hexdigest()[:16]}
-    data["identities"] = None if identities is None else identities.astype(np.int64)
+    data |= {"is_test": table.get("is_test"), "identities": table.get("identities")}
+    data["digest"] = digest.hexdigest()[:16]
     data["names"] = table.get("names", np.arange(len(targets)).astype(str))
     data["target_names"] = table.get("target_names", np.arange(classes).astype(str))
     return flip_labels(data, args.label_noise, args.split_seed) if args.label_noise else data
+
+
+def _check_that_labels_differ(dataset, targets, names=None):
+    """Refuse targets that are all equal; say which attributes all images agree in."""
+    same = (targets == targets[0]).all(0)  # () or (K,)
+    if same.all():
+        fail(f"{dataset}: all images have the same label; two classes, or values, are needed")
+    for k in np.flatnonzero(same):
+        name = k if names is None else names[k]
+        say(f"{dataset}: attribute {name} is {targets[0, k]} in all images; no model can learn it")
 
 
 def flip_labels(data: dict, share: float, split_seed: int) -> dict:
@@ -472,8 +505,8 @@ def flip_labels(data: dict, share: float, split_seed: int) -> dict:
 
     A wrong label is only known by remembering its image, so memorising becomes visible.
     """
-    if data["targets"].ndim == 2 or data["classes"] < 2:
-        fail(f"--label-noise needs two classes to flip between; {data['name']} has fewer")
+    if data["targets"].ndim == 2:
+        fail(f"--label-noise flips classes; {data['name']} has attributes")
     rng = np.random.default_rng([split_seed, 14])
     n, targets = len(data["targets"]), data["targets"].clone()
     chosen = rng.choice(n, round(share * n), replace=False)
@@ -805,16 +838,46 @@ def crop(images: Tensor, maps: Tensor) -> Tensor:
 def write_pictures(data: dict, indices, folder):
     """Write images as PNG, and labels.csv: file, identity, one column an attribute, or class."""
     folder, multilabel = pathlib.Path(folder), data["targets"].ndim == 2
-    columns = [str(name) for name in data["target_names"]] if multilabel else ["class"]
-    rows = [["file", "identity", *columns]]
+    names = [str(name) for name in data["target_names"]]
+    rows = [["file", "identity", *(names if multilabel else ["class"])]]
     for i in indices:
         with atomic_write(folder / f"{i}.png") as temporary:
             Image.fromarray(data["images"][i].cpu().numpy()).save(temporary, format="PNG")
-        label = data["targets"][i].int().tolist() if multilabel else [int(data["targets"][i])]
+        label = data["targets"][i].int().tolist()
+        label = label if multilabel else [names[label]]
         rows.append([f"{i}.png", int(data["identities"][i]), *label])
     with atomic_write(folder / "labels.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     say(f"pictures and labels.csv written to {folder}")
+
+
+def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
+    """Read a CSV file with columns file, identity, and class or one of 0 and 1 for each attribute.
+
+    names: the classes or attributes to expect, None: those that it has. Returns its rows, targets
+    (N,) or (N, K), names. Raises SystemExit(2) for a column or label that is missing or wrong.
+    """
+    text = _text(table)
+    mark = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write any of the three
+    rows = list(csv.DictReader(text.splitlines(), delimiter=mark))
+    if not rows:
+        fail(f"{table} has no rows")
+    if names is None:
+        names = [column for column in rows[0] if column not in ("file", "identity")]
+        multilabel = names != ["class"]
+        names = names if multilabel else sorted({row["class"] for row in rows})
+    columns = names if multilabel else ["class"]
+    for column in ("file", *columns):
+        if column not in rows[0]:
+            fail(f"{table} has no column {column}, only {', '.join(map(str, rows[0]))}")
+    number = {label: i for i, label in enumerate("01" if multilabel else names)}
+    for row in rows:
+        for column in columns:
+            if row[column] not in number:
+                known = ", ".join(number)[:60]
+                fail(f"{table}: {column} of {row['file']} is {row[column]!r}, not one of {known}")
+    targets = np.array([[number[row[column]] for column in columns] for row in rows])  # (N, K)
+    return rows, targets if multilabel else targets[:, 0], names
 
 
 def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
@@ -823,31 +886,22 @@ def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
     names: of the attributes or classes. Raises SystemExit(2) for a file, column or label that is
     missing or wrong.
     """
-    table, images, targets, people = pathlib.Path(folder) / "labels.csv", [], [], []
+    table = pathlib.Path(folder) / "labels.csv"
     if not table.is_file():
         columns = ", ".join(["file", "identity", *(names[:3] if multilabel else ["class"])])
         fail(f"--support {folder}: no labels.csv there (columns: {columns} ...)")
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        fail(f"{table} cannot be read as UTF-8 text with commas ({error})")
-    if not rows:
-        fail(f"{table} has no rows")
+    rows, targets, _ = read_labels(table, names, multilabel)
+    images, people = [], []
     for row in rows:
         try:
-            picture = Image.open(table.parent / row["file"]).convert("RGB")
-            images.append(np.array(picture.resize((size, size), Image.Resampling.BILINEAR)))
-            labels = [int(row[name]) for name in names] if multilabel else int(row["class"])
-            if not (set(labels) <= {0, 1} if multilabel else 0 <= labels < len(names)):
-                raise ValueError("a label must be 0 or 1, or a class from 0 to the classes less 1")
-            targets.append(labels)
             people.append(int(row["identity"]))
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            fail(f"{table}: the row of {row.get('file')} cannot be used ({reason})")
+        except (KeyError, ValueError, TypeError):
+            fail(f"{table}: the row of {row['file']} has no identity, a whole number")
+        images.append(_decode(table.parent / row["file"], size))
+        if isinstance(images[-1], str):
+            fail(f"{table}: {images[-1]} cannot be used as a picture")
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    return images, torch.tensor(targets), people
+    return images, torch.from_numpy(targets), people
 
 
 def parse_args(argv=None):
