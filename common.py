@@ -563,6 +563,16 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder):
+    """Delete what atomic_write left in a folder when its process was killed."""
+    for path in pathlib.Path(folder).glob(".*.*.tmp"):
+        with contextlib.suppress(ValueError, OSError):
+            try:
+                os.kill(int(path.name.split(".")[-2]), 0)  # 0: only asks whether it runs
+            except ProcessLookupError:
+                path.unlink()
+
+
 def check_writable(*folders, file=None):
     """Fail before the training, not after it, where a folder or --save's file cannot be written."""
     if file and pathlib.Path(file).is_dir():

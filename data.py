@@ -18,6 +18,7 @@ import concurrent.futures
 import csv
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import types
@@ -29,21 +30,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (
-    Parser,
-    add_shared_arguments,
-    atomic_write,
-    autocast,
-    check_writable,
-    fail,
-    parse_with_presets,
-    rank_and_world,
-    say,
-    wait_for_all,
-)
+import common
+from common import Parser, autocast, fail, rank_and_world, say, wait_for_all
 
 CPU = torch.device("cpu")
-FORMAT = 1  # of prepared pairs: a pair of another format is prepared again
+FORMAT = 2  # of prepared pairs: a pair of another format is prepared again
 # What --dataset brings along; a flag on the command line wins. train.py adds the recipes.
 PRESETS = {
     "toyfaces": dict(ids=10),
@@ -97,12 +88,12 @@ def draw_toyfaces(identities=200, images_each=10, size=32, seed=0) -> dict:
     look["zoom"] = new(1.0, 1.15)
     look["shift_x"], look["shift_y"] = new(-0.10, 0.10), new(-0.06, 0.06)
     look["light"], look["slope"] = new(0.80, 1.15), new(-0.15, 0.15)
-    noise = rng.normal(0, 0.02, (n, size, size, 3))
 
     images = np.empty((n, size, size, 3), np.uint8)
     for i in range(0, n, 250):  # a few hundred at a time keep memory flat
         part = {name: a[i : i + 250] for name, a in look.items()}
-        images[i : i + 250] = _paint_faces(part, noise[i : i + 250])
+        noise = rng.normal(0, 0.02, (len(who[i : i + 250]), size, size, 3))
+        images[i : i + 250] = _paint_faces(part, noise)
     names = [f"{i:03d}_{j}" for i in range(identities) for j in range(images_each)]
     table = {"images": images, "targets": targets.astype(np.uint8), "identities": who}
     return table | {"names": np.array(names), "target_names": np.array(target_names)}
@@ -153,6 +144,18 @@ def _paint_faces(look: dict, noise) -> np.ndarray:
 # Data sets: readers give `images` as arrays, or as paths of pictures that are not opened yet
 
 
+_CELEBA, _HQ = "celeba/identity_CelebA.txt", "CelebAMask-HQ/CelebA"
+SOURCES = {  # below --data-dir: a pair is prepared again when one of them has changed
+    "celeba": ["celeba/list_attr_celeba.txt", _CELEBA, "celeba/img_align_celeba"],
+    "celebahq": [f"{_HQ}Mask-HQ-attribute-anno.txt", f"{_HQ}-HQ-identity.txt", _CELEBA]
+    + [f"{_HQ}-HQ-to-CelebA-mapping.txt", f"{_HQ}-HQ-img"],
+    "qmnist": ["QMNIST/raw"],
+    "cifar10": ["cifar10.npz", "cifar-10-batches-py"],
+    "cifar100": ["cifar-100-python"],
+    "tinyimagenet": ["tiny-imagenet-200"],
+}
+
+
 def _incomplete(title: str, why: str, *expected):
     files = "\n  ".join(str(file) for file in expected)
     instead = "python metaunlearn.py --dataset toyfaces, python ltu.py --dataset digits"
@@ -172,21 +175,17 @@ def _rows(path) -> list[list[str]]:
 
 def read_celeba(root: pathlib.Path) -> dict:
     """CelebA's annotations, but for the publisher's partition, which the protocol does not use."""
-    folder = root / "celeba"
-    table, identities = folder / "list_attr_celeba.txt", folder / "identity_CelebA.txt"
+    table, identities, pictures = (root / name for name in SOURCES["celeba"])
     source = "(CelebA page of MMLAB, Chinese University of Hong Kong: Align&Cropped Images, Anno)"
-    first = folder / "img_align_celeba" / "000001.jpg"
-    return _with_attributes("CelebA", source, first, table, identities)
+    return _with_attributes("CelebA", source, pictures / "000001.jpg", table, identities)
 
 
 def read_celebahq(root: pathlib.Path) -> dict:
     """CelebA-HQ's annotations; identities from a file of its own, or by the mapping to CelebA."""
-    folder, celeba = root / "CelebAMask-HQ", root / "celeba" / "identity_CelebA.txt"
-    first, table = folder / "CelebA-HQ-img" / "0.jpg", folder / "CelebAMask-HQ-attribute-anno.txt"
-    direct, mapping = folder / "CelebA-HQ-identity.txt", folder / "CelebA-HQ-to-CelebA-mapping.txt"
+    table, direct, celeba, mapping, pictures = (root / name for name in SOURCES["celebahq"])
     files = (direct,) if direct.is_file() else (celeba, mapping)
     source = f"(GitHub page of CelebAMask-HQ, page of CelebA; {direct} for the last two would do)"
-    return _with_attributes("CelebA-HQ", source, first, table, *files)
+    return _with_attributes("CelebA-HQ", source, pictures / "0.jpg", table, *files)
 
 
 def _with_attributes(title, source, first, table, identities, mapping=None) -> dict:
@@ -260,8 +259,8 @@ def read_qmnist(root: pathlib.Path) -> dict:
 
 def read_cifar10(root: pathlib.Path) -> dict:
     """CIFAR-10 from the publisher's files, or from one array file, for re-encoded copies."""
-    path = root / "cifar10.npz"
-    if not path.is_file() or (root / "cifar-10-batches-py").is_dir():
+    path, folder = (root / name for name in SOURCES["cifar10"])
+    if not path.is_file() or folder.is_dir():
         files = f"{root}/cifar-10-batches-py/ of cifar-10-python.tar.gz, from the CIFAR page"
         array = f"(or {path} with images (60000, 32, 32, 3) uint8, label, is_test)"
         return _from_torchvision("CIFAR10", root, files, array)
@@ -348,30 +347,61 @@ def prepare(args) -> pathlib.Path:
 
     Raises SystemExit(2) for missing, damaged or mismatching files, and for too small a disk.
     """
-    known = ["toyfaces", *READERS]
-    if args.dataset not in known:
+    if args.dataset not in PRESETS:
         base = pathlib.Path(args.dataset)
         if not all(pathlib.Path(f"{base}.{kind}").is_file() for kind in ("npy", "npz")):
-            fail(f"--dataset {base}: neither {', '.join(known)} nor a pair {base}.npy + {base}.npz")
+            known = ", ".join(PRESETS)
+            fail(f"--dataset {base}: neither {known} nor a pair {base}.npy + {base}.npz")
         return base
     base = pathlib.Path(args.data_dir) / "prepared" / f"{args.dataset}-{args.image_size}"
-    try:
-        ready = _read_npz(f"{base}.npz")["format"] == FORMAT and base.with_suffix(".npy").is_file()
-    except Exception:  # not there, or damaged
-        ready = False
-    if rank_and_world()[0] == 0 and not ready:
-        check_writable(base.parent)
+    if rank_and_world()[0] == 0:
+        common.remove_leftovers(base.parent)
+    if rank_and_world()[0] == 0 and not _is_ready(base, _stamps(args)):
+        common.check_writable(base.parent)
         if args.dataset == "toyfaces":
             table = draw_toyfaces(size=args.image_size)
-            with atomic_write(f"{base}.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, table.pop("images"))
         else:
             table = READERS[args.dataset](pathlib.Path(args.data_dir))
-            _write_images(table.pop("images"), base, args)
-        with atomic_write(f"{base}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, format=FORMAT, **table)
+        _write_pair(base, table, args.image_size, stamps=json.dumps(_stamps(args)))
     wait_for_all()
     return base
+
+
+def _stamps(args) -> dict:
+    """{source: a hash of each file's name, and of its content (texts) or size and time (others)}.
+
+    None where there is no file: a prepared pair is enough without its sources.
+    """
+    stamps = {"format": FORMAT}
+    for source in SOURCES.get(args.dataset, ()):
+        top, seen = os.path.join(args.data_dir, source), hashlib.sha256()
+        files = [top] if os.path.isfile(top) else []
+        files += [os.path.join(*at, name) for *at, _, names in os.walk(top) for name in names]
+        for file in sorted(files):
+            seen.update(os.path.basename(file).encode())
+            if file.endswith(".txt"):
+                seen.update(pathlib.Path(file).read_bytes())
+            else:
+                state = os.stat(file)
+                seen.update(f"{state.st_size} {state.st_mtime_ns}".encode())
+        stamps[source] = seen.hexdigest() if files else None
+    return stamps
+
+
+def _is_ready(base, stamps: dict) -> bool:
+    try:
+        before = json.loads(str(_read_npz(f"{base}.npz")["stamps"]))
+    except Exception:  # not there, damaged, or of another version
+        return False
+    same = all(stamp in (None, before.get(source)) for source, stamp in stamps.items())
+    return same and pathlib.Path(f"{base}.npy").is_file()
+
+
+def _write_pair(base, table: dict, size: int, **more):
+    """Write the images of a table to base.npy, the rest and the images' hash to base.npz."""
+    digest = _write_images(table.pop("images"), base, size)
+    with common.atomic_write(f"{base}.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, images_digest=digest, **table, **more)
 
 
 def _read_npz(path) -> dict:
@@ -379,20 +409,24 @@ def _read_npz(path) -> dict:
         return dict(table)
 
 
-def _write_images(sources, base, args):
-    """Write arrays or pictures to base.npy, in blocks: memory stays flat at 202,599 pictures."""
-    count, size = len(sources), args.image_size
+def _write_images(sources, base, size: int) -> str:
+    """Write arrays or pictures to base.npy, in blocks: memory stays flat at 202,599 pictures.
+
+    Returns the images' SHA-256.
+    """
+    count, digest = len(sources), hashlib.sha256()
     absent = [path for path in sources if isinstance(path, pathlib.Path) and not path.is_file()]
     if absent:
         fail(f"{len(absent):,} of {count:,} annotated images are missing, first {absent[0]}")
-    disk = count * size * size * 3
-    takes = f"{count:,} images at {size} px will take {disk / 2**30:.2f} GiB of disk"
-    say(f"{args.dataset}: {takes} in {base.parent}")
-    if shutil.disk_usage(base.parent).free < disk + 2**27:
-        fail(f"no room in {base.parent}: {takes}; change --data-dir or lower --image-size")
+    room = count * size * size * 3 + 2**27
+    needs = f"{count:,} images at {size} px need {room / 2**30:.1f} GiB of disk in {base.parent}"
+    say(f"{base.name}: {needs}")
+    if (free := shutil.disk_usage(base.parent).free) < room:
+        there = f"{free / 2**30:.1f} GiB are free"
+        fail(f"{needs}, where {there}; change --data-dir or lower --image-size")
     # Threads are enough: Pillow decodes and resizes outside Python's lock.
     pool = concurrent.futures.ThreadPoolExecutor()
-    with pool, atomic_write(f"{base}.npy") as path:
+    with pool, common.atomic_write(f"{base}.npy") as path:
         images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, size, size, 3))
         for i in tqdm(range(0, count, 256), "decoding (256 images each)", disable=None):
             block = list(pool.map(_decode, sources[i : i + 256], [size] * 256))
@@ -400,7 +434,9 @@ def _write_images(sources, base, args):
                 if isinstance(image, str):
                     fail(f"{image} is truncated or no image; replace it (nothing was kept)")
             images[i : i + 256] = block
+            digest.update(images[i : i + 256])
         images.flush()
+    return digest.hexdigest()
 
 
 def _decode(source, size: int) -> np.ndarray | str:
@@ -464,9 +500,12 @@ def load(args, device=CPU) -> dict:
     and groups (what --forget-classes numbers) are None where the data has none.
     """
     images, table = _read_pair(prepare(args))
-    targets = table["targets"]
-    some = np.linspace(0, len(images) - 1, 64).astype(int)
-    digest = hashlib.sha256(images[some].tobytes())
+    targets, digest = table["targets"], hashlib.sha256()
+    if args.dataset in PRESETS:  # hashed while it was prepared
+        digest.update(str(table["images_digest"]).encode())
+    else:
+        for i in range(0, len(images), 256):  # 2 GB/s
+            digest.update(np.ascontiguousarray(images[i : i + 256]))
     for name in sorted(COLUMNS & set(table)):
         digest.update(name.encode() + table[name].tobytes())
     groups = targets if targets.ndim == 1 else None
@@ -841,12 +880,12 @@ def write_pictures(data: dict, indices, folder):
     names = [str(name) for name in data["target_names"]]
     rows = [["file", "identity", *(names if multilabel else ["class"])]]
     for i in indices:
-        with atomic_write(folder / f"{i}.png") as temporary:
+        with common.atomic_write(folder / f"{i}.png") as temporary:
             Image.fromarray(data["images"][i].cpu().numpy()).save(temporary, format="PNG")
         label = data["targets"][i].int().tolist()
         label = label if multilabel else [names[label]]
         rows.append([f"{i}.png", int(data["identities"][i]), *label])
-    with atomic_write(folder / "labels.csv") as path, open(path, "w", newline="") as file:
+    with common.atomic_write(folder / "labels.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     say(f"pictures and labels.csv written to {folder}")
 
@@ -906,9 +945,9 @@ def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_shared_arguments(parser)
+    common.add_shared_arguments(parser)
     parser.add_argument("--annotations-only", action="store_true", help="split without any picture")
-    return parse_with_presets(parser, PRESETS, argv)
+    return common.parse_with_presets(parser, PRESETS, argv)
 
 
 def main(argv=None):

@@ -5,8 +5,10 @@ python -m pytest tests/test_data.py
 
 import functools
 import itertools
+import os
 import pathlib
 import shutil
+import subprocess
 import zipfile
 
 import numpy as np
@@ -503,11 +505,64 @@ def test_second_load_decodes_nothing(tmp_path):
     assert [f.stat().st_mtime_ns for f in files] == stamps
 
 
+@pytest.mark.parametrize("tree", TREES)
+def test_changed_sources_are_prepared_again(tree, tmp_path):
+    """An annotation by its content alone, a picture by its size or time; a new date is no change."""
+    (make, pictures), args = TREES[tree], args_of(tree.split()[0], tmp_path)
+    names, _ = make(tmp_path)
+    table, digests = next(tmp_path.glob("*/*att*.txt")), [data.load(args)["digest"]]
+
+    def loaded():
+        d, prepared = data.load(args), next((tmp_path / "prepared").glob("*.npy"))
+        digests.append(d["digest"])
+        return d, prepared.stat().st_mtime_ns
+
+    written = loaded()[1]
+    table.touch()
+    assert loaded()[1] == written and len(set(digests)) == 1
+    stamp = table.stat().st_mtime_ns
+    table.write_text(table.read_text().replace("-1\n", " 1\n", 1))
+    os.utime(table, ns=(stamp, stamp))
+    assert loaded()[0]["targets"][:2, 8].tolist() == [1, 1]
+    black = tmp_path / pictures / names[3]
+    Image.new("RGB", (20, 20)).save(black)
+    assert not loaded()[0]["images"][3].any()
+    written = loaded()[1]
+    os.utime(black, ns=(stamp, stamp))
+    assert loaded()[1] != written and len(set(digests)) == 3
+
+
+def test_digest_covers_every_picture(tmp_path):
+    """One pixel of one picture of 600, of whatever block, prepared or one's own."""
+    images, digests = np.zeros((600, 8, 8, 3), np.uint8), set()
+    for changed in (None, 0, 137, 300, 599):
+        own = images.copy()
+        if changed is not None:
+            own[changed, 7, 7, 2] = 1
+        digests.add(
+            data.load(make_pair(tmp_path, images=own, targets=np.arange(600) % 2))["digest"]
+        )
+    assert len(digests) == 5
+
+
+def test_leftovers_of_killed_preparations_are_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "prepared").mkdir()
+    left = [f".celeba-224.npy.{pid}.tmp" for pid in (gone.pid, os.getpid(), "x")] + ["mine.1.tmp"]
+    for name in left:
+        (tmp_path / "prepared" / name).touch()
+    data.load(args_of("toyfaces", tmp_path))
+    stay = {file.name for file in (tmp_path / "prepared").glob("*tmp")}
+    assert stay == set(left[1:])
+
+
 def make_pair(folder, **changes):
     """A prepared pair of 12 images of 6 people as a user would bring it."""
     rng = np.random.default_rng(0)
     pair = {"images": rng.integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)}
-    pair |= {"targets": rng.integers(0, 2, (12, 3)), "identities": np.arange(12) // 2} | changes
+    pair |= {"targets": rng.integers(0, 2, (12, 3))} | changes
+    pair = {"identities": np.arange(len(pair["images"])) // 2} | pair
     np.save(folder / "mine.npy", pair.pop("images"))
     np.savez(folder / "mine.npz", **pair)
     return data.parse_args(["--dataset", str(folder / "mine")])
