@@ -79,7 +79,9 @@ def between(low, high, kind=float):
             word = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is no {word}") from None
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie from {low:g} to {high:g}")
+            least = "above 0" if 0 < low < 1e-6 else f"at least {low:g}"
+            most = "below 1" if 1 - 1e-6 < high < 1 else f"at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {least} and {most}")
         return value
 
     return parse
@@ -139,8 +141,15 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
         parser.set_defaults(**presets.get(key, {}))
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    if args.dataset not in DATASETS.split(", "):
+        args.dataset = re.sub(r"\.np[yz]$", "", args.dataset)
+        own = _size_of_pair(args.dataset) or args.image_size
+        if "--image-size" in given and args.image_size != own:
+            fail(f"--image-size {args.image_size}: {args.dataset} has {own} pixels a side")
+        args.image_size = own
     goes_with = {"--ids": ["identities"], "--held-out": ["identities"]}
     goes_with |= {"--forget-ratio": ["random"], "--forget-classes": ["class", "subclass"]}
+    goes_with |= {"--train-images": ["random", "class", "subclass"]}
     for flag, needed in goes_with.items():
         if flag in given and args.forget not in needed:
             fail(f"{flag} goes with --forget {' or '.join(needed)}; this is --forget {args.forget}")
@@ -154,6 +163,12 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
                 "class in D_r; add --label-noise 0"
             )
     return args
+
+
+def _size_of_pair(base: str) -> int | None:
+    """Pixels a side of one's own arrays; None where data.load will say what is wrong with them."""
+    with contextlib.suppress(Exception):  # np.load raises many things at a foreign file
+        return np.load(f"{base}.npy", mmap_mode="r").shape[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -546,6 +561,16 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Delete what atomic_write left in a folder when its process was killed."""
+    for path in pathlib.Path(folder).glob(".*.*.tmp"):
+        with contextlib.suppress(ValueError, OSError):
+            try:
+                os.kill(int(path.name.split(".")[-2]), 0)  # 0: only asks whether it runs
+            except ProcessLookupError:
+                path.unlink()
 
 
 def check_writable(*folders, file=None):

@@ -18,6 +18,7 @@ import concurrent.futures
 import csv
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import types
@@ -25,25 +26,15 @@ import types
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (
-    Parser,
-    add_shared_arguments,
-    atomic_write,
-    autocast,
-    check_writable,
-    fail,
-    parse_with_presets,
-    rank_and_world,
-    say,
-    wait_for_all,
-)
+import common
+from common import Parser, autocast, fail, rank_and_world, say, wait_for_all
 
 CPU = torch.device("cpu")
-FORMAT = 1  # of prepared pairs: a pair of another format is prepared again
+FORMAT = 2  # of prepared pairs: a pair of another format is prepared again
 # What --dataset brings along; a flag on the command line wins. train.py adds the recipes.
 PRESETS = {
     "toyfaces": dict(ids=10),
@@ -97,12 +88,12 @@ def draw_toyfaces(identities=200, images_each=10, size=32, seed=0) -> dict:
     look["zoom"] = new(1.0, 1.15)
     look["shift_x"], look["shift_y"] = new(-0.10, 0.10), new(-0.06, 0.06)
     look["light"], look["slope"] = new(0.80, 1.15), new(-0.15, 0.15)
-    noise = rng.normal(0, 0.02, (n, size, size, 3))
 
     images = np.empty((n, size, size, 3), np.uint8)
     for i in range(0, n, 250):  # a few hundred at a time keep memory flat
         part = {name: a[i : i + 250] for name, a in look.items()}
-        images[i : i + 250] = _paint_faces(part, noise[i : i + 250])
+        noise = rng.normal(0, 0.02, (len(who[i : i + 250]), size, size, 3))
+        images[i : i + 250] = _paint_faces(part, noise)
     names = [f"{i:03d}_{j}" for i in range(identities) for j in range(images_each)]
     table = {"images": images, "targets": targets.astype(np.uint8), "identities": who}
     return table | {"names": np.array(names), "target_names": np.array(target_names)}
@@ -153,33 +144,48 @@ def _paint_faces(look: dict, noise) -> np.ndarray:
 # Data sets: readers give `images` as arrays, or as paths of pictures that are not opened yet
 
 
+_CELEBA, _HQ = "celeba/identity_CelebA.txt", "CelebAMask-HQ/CelebA"
+SOURCES = {  # below --data-dir: a pair is prepared again when one of them has changed
+    "celeba": ["celeba/list_attr_celeba.txt", _CELEBA, "celeba/img_align_celeba"],
+    "celebahq": [f"{_HQ}Mask-HQ-attribute-anno.txt", f"{_HQ}-HQ-identity.txt", _CELEBA]
+    + [f"{_HQ}-HQ-to-CelebA-mapping.txt", f"{_HQ}-HQ-img"],
+    "qmnist": ["QMNIST/raw"],
+    "cifar10": ["cifar10.npz", "cifar-10-batches-py"],
+    "cifar100": ["cifar-100-python"],
+    "tinyimagenet": ["tiny-imagenet-200"],
+}
+
+
 def _incomplete(title: str, why: str, *expected):
     files = "\n  ".join(str(file) for file in expected)
     instead = "python metaunlearn.py --dataset toyfaces, python ltu.py --dataset digits"
     fail(f"{title} is not complete{why}. Expected:\n  {files}\nNo download needed: {instead}")
 
 
+def _text(path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read as UTF-8 text ({error})")
+
+
 def _rows(path) -> list[list[str]]:
-    return [line.split() for line in path.read_text().splitlines() if line.strip()]
+    return [line.split() for line in _text(path).splitlines() if line.strip()]
 
 
 def read_celeba(root: pathlib.Path) -> dict:
     """CelebA's annotations, but for the publisher's partition, which the protocol does not use."""
-    folder = root / "celeba"
-    table, identities = folder / "list_attr_celeba.txt", folder / "identity_CelebA.txt"
+    table, identities, pictures = (root / name for name in SOURCES["celeba"])
     source = "(CelebA page of MMLAB, Chinese University of Hong Kong: Align&Cropped Images, Anno)"
-    first = folder / "img_align_celeba" / "000001.jpg"
-    return _with_attributes("CelebA", source, first, table, identities)
+    return _with_attributes("CelebA", source, pictures / "000001.jpg", table, identities)
 
 
 def read_celebahq(root: pathlib.Path) -> dict:
     """CelebA-HQ's annotations; identities from a file of its own, or by the mapping to CelebA."""
-    folder, celeba = root / "CelebAMask-HQ", root / "celeba" / "identity_CelebA.txt"
-    first, table = folder / "CelebA-HQ-img" / "0.jpg", folder / "CelebAMask-HQ-attribute-anno.txt"
-    direct, mapping = folder / "CelebA-HQ-identity.txt", folder / "CelebA-HQ-to-CelebA-mapping.txt"
+    table, direct, celeba, mapping, pictures = (root / name for name in SOURCES["celebahq"])
     files = (direct,) if direct.is_file() else (celeba, mapping)
     source = f"(GitHub page of CelebAMask-HQ, page of CelebA; {direct} for the last two would do)"
-    return _with_attributes("CelebA-HQ", source, first, table, *files)
+    return _with_attributes("CelebA-HQ", source, pictures / "0.jpg", table, *files)
 
 
 def _with_attributes(title, source, first, table, identities, mapping=None) -> dict:
@@ -199,7 +205,7 @@ def _with_attributes(title, source, first, table, identities, mapping=None) -> d
         values = np.array([row[1:] for row in rows], dtype=np.int8)  # (N, K)
         if values.shape != (int(count), len(target_names)) or not np.isin(values, (-1, 1)).all():
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         form = "rows `file number`, or a row count, K names and rows `file v1 .. vK` of -1 or 1"
         fail(f"{path} is cut short or damaged; expected: {form}")
     names = [row[0] for row in rows]
@@ -253,8 +259,8 @@ def read_qmnist(root: pathlib.Path) -> dict:
 
 def read_cifar10(root: pathlib.Path) -> dict:
     """CIFAR-10 from the publisher's files, or from one array file, for re-encoded copies."""
-    path = root / "cifar10.npz"
-    if not path.is_file() or (root / "cifar-10-batches-py").is_dir():
+    path, folder = (root / name for name in SOURCES["cifar10"])
+    if not path.is_file() or folder.is_dir():
         files = f"{root}/cifar-10-batches-py/ of cifar-10-python.tar.gz, from the CIFAR page"
         array = f"(or {path} with images (60000, 32, 32, 3) uint8, label, is_test)"
         return _from_torchvision("CIFAR10", root, files, array)
@@ -312,7 +318,7 @@ def read_tinyimagenet(root: pathlib.Path) -> dict:
     files = listing, annotations, pictures, "(tiny-imagenet-200.zip, from the CS231n page)"
     if not listing.is_file() or not annotations.is_file():
         _incomplete("Tiny-ImageNet", "", *files)
-    classes = listing.read_text().split()
+    classes = _text(listing).split()
     rows = []  # path, class number
     for number, name in enumerate(classes):
         pictures = sorted((folder / "train" / name / "images").glob("*.JPEG"))
@@ -320,7 +326,7 @@ def read_tinyimagenet(root: pathlib.Path) -> dict:
             _incomplete("Tiny-ImageNet", f": train/{name}/images has no picture", *files)
         rows += [(picture, number) for picture in pictures]
     training = len(rows)
-    for line in annotations.read_text().splitlines():
+    for line in _text(annotations).splitlines():
         words = line.split("\t")
         if len(words) < 2 or words[1] not in classes:
             fail(f"{annotations} is damaged: no file, tab and class of wnids.txt in {line[:60]!r}")
@@ -341,51 +347,86 @@ def prepare(args) -> pathlib.Path:
 
     Raises SystemExit(2) for missing, damaged or mismatching files, and for too small a disk.
     """
-    known = ["toyfaces", *READERS]
-    if args.dataset not in known:
+    if args.dataset not in PRESETS:
         base = pathlib.Path(args.dataset)
         if not all(pathlib.Path(f"{base}.{kind}").is_file() for kind in ("npy", "npz")):
-            fail(f"--dataset {base}: neither {', '.join(known)} nor a pair {base}.npy + {base}.npz")
+            known = ", ".join(PRESETS)
+            fail(f"--dataset {base}: neither {known} nor a pair {base}.npy + {base}.npz")
         return base
     base = pathlib.Path(args.data_dir) / "prepared" / f"{args.dataset}-{args.image_size}"
-    try:
-        ready = _read_npz(f"{base}.npz")["format"] == FORMAT and base.with_suffix(".npy").is_file()
-    except Exception:  # not there, or damaged
-        ready = False
-    if rank_and_world()[0] == 0 and not ready:
-        check_writable(base.parent)
+    if rank_and_world()[0] == 0:
+        common.remove_leftovers(base.parent)
+    if rank_and_world()[0] == 0 and not _is_ready(base, _stamps(args)):
+        common.check_writable(base.parent)
         if args.dataset == "toyfaces":
             table = draw_toyfaces(size=args.image_size)
-            with atomic_write(f"{base}.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, table.pop("images"))
         else:
             table = READERS[args.dataset](pathlib.Path(args.data_dir))
-            _write_images(table.pop("images"), base, args)
-        with atomic_write(f"{base}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, format=FORMAT, **table)
+        _write_pair(base, table, args.image_size, stamps=json.dumps(_stamps(args)))
     wait_for_all()
     return base
 
 
+def _stamps(args) -> dict:
+    """{source: a hash of each file's name, and of its content (texts) or size and time (others)}.
+
+    None where there is no file: a prepared pair is enough without its sources.
+    """
+    stamps = {"format": FORMAT}
+    for source in SOURCES.get(args.dataset, ()):
+        top, seen = os.path.join(args.data_dir, source), hashlib.sha256()
+        files = [top] if os.path.isfile(top) else []
+        files += [os.path.join(*at, name) for *at, _, names in os.walk(top) for name in names]
+        for file in sorted(files):
+            seen.update(os.path.basename(file).encode())
+            if file.endswith(".txt"):
+                seen.update(pathlib.Path(file).read_bytes())
+            else:
+                state = os.stat(file)
+                seen.update(f"{state.st_size} {state.st_mtime_ns}".encode())
+        stamps[source] = seen.hexdigest() if files else None
+    return stamps
+
+
+def _is_ready(base, stamps: dict) -> bool:
+    try:
+        before = json.loads(str(_read_npz(f"{base}.npz")["stamps"]))
+    except Exception:  # not there, damaged, or of another version
+        return False
+    same = all(stamp in (None, before.get(source)) for source, stamp in stamps.items())
+    return same and pathlib.Path(f"{base}.npy").is_file()
+
+
+def _write_pair(base, table: dict, size: int, **more):
+    """Write the images of a table to base.npy, the rest and the images' hash to base.npz."""
+    digest = _write_images(table.pop("images"), base, size)
+    with common.atomic_write(f"{base}.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, images_digest=digest, **table, **more)
+
+
 def _read_npz(path) -> dict:
-    with open(path, "rb") as file, np.load(file) as table:
+    with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as table:
         return dict(table)
 
 
-def _write_images(sources, base, args):
-    """Write arrays or pictures to base.npy, in blocks: memory stays flat at 202,599 pictures."""
-    count, size = len(sources), args.image_size
+def _write_images(sources, base, size: int) -> str:
+    """Write arrays or pictures to base.npy, in blocks: memory stays flat at 202,599 pictures.
+
+    Returns the images' SHA-256.
+    """
+    count, digest = len(sources), hashlib.sha256()
     absent = [path for path in sources if isinstance(path, pathlib.Path) and not path.is_file()]
     if absent:
         fail(f"{len(absent):,} of {count:,} annotated images are missing, first {absent[0]}")
-    disk = count * size * size * 3
-    takes = f"{count:,} images at {size} px will take {disk / 2**30:.2f} GiB of disk"
-    say(f"{args.dataset}: {takes} in {base.parent}")
-    if shutil.disk_usage(base.parent).free < disk + 2**27:
-        fail(f"no room in {base.parent}: {takes}; change --data-dir or lower --image-size")
+    room = count * size * size * 3 + 2**27
+    needs = f"{count:,} images at {size} px need {room / 2**30:.1f} GiB of disk in {base.parent}"
+    say(f"{base.name}: {needs}")
+    if (free := shutil.disk_usage(base.parent).free) < room:
+        there = f"{free / 2**30:.1f} GiB are free"
+        fail(f"{needs}, where {there}; change --data-dir or lower --image-size")
     # Threads are enough: Pillow decodes and resizes outside Python's lock.
     pool = concurrent.futures.ThreadPoolExecutor()
-    with pool, atomic_write(f"{base}.npy") as path:
+    with pool, common.atomic_write(f"{base}.npy") as path:
         images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, size, size, 3))
         for i in tqdm(range(0, count, 256), "decoding (256 images each)", disable=None):
             block = list(pool.map(_decode, sources[i : i + 256], [size] * 256))
@@ -393,7 +434,9 @@ def _write_images(sources, base, args):
                 if isinstance(image, str):
                     fail(f"{image} is truncated or no image; replace it (nothing was kept)")
             images[i : i + 256] = block
+            digest.update(images[i : i + 256])
         images.flush()
+    return digest.hexdigest()
 
 
 def _decode(source, size: int) -> np.ndarray | str:
@@ -403,35 +446,50 @@ def _decode(source, size: int) -> np.ndarray | str:
         with opened(source) as image:
             # A JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target.
             image.draft("RGB", (2 * size, 2 * size))
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            upright = ImageOps.exif_transpose(image).convert("RGB")  # phones note how they are held
+            return np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR))
+    except Exception as error:  # Pillow raises many things at a damaged picture
         return f"{source} ({error})"
 
 
-def _read_pair(base) -> tuple[np.ndarray, dict, list]:
-    """Read and check a prepared pair: images (N, S, S, 3), the table, its optional columns."""
+def _read_pair(base) -> tuple[np.ndarray, dict]:
+    """Read and check a prepared pair: images (N, S, S, 3), and the columns of the table."""
     try:
         # Copy-on-write: torch wants a writable array, and the file must stay as it is.
         images, table = np.load(f"{base}.npy", mmap_mode="c"), _read_npz(f"{base}.npz")
-        targets, identities, is_test = (table.get(k) for k in ("targets", "identities", "is_test"))
-        columns = [table[k] for k in ("identities", "is_test", "coarse") if k in table]
         square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
+        if not len(images):
+            raise ValueError("it holds no images")
         if not square or images.dtype != np.uint8:
-            raise ValueError("images must be uint8 (N, S, S, 3)")
-        if any(len(column) != len(images) for column in (table["targets"], *columns)):
-            raise ValueError("targets, identities, is_test and coarse must have a row per image")
-        if identities is not None and (identities.dtype.kind not in "iu" or identities.min() < 0):
-            raise ValueError("identities must be whole numbers from 0")
-        if is_test is not None and is_test.dtype != bool:
-            raise ValueError("is_test must be true or false for each image")
-        names = len(table.get("target_names", ()))
+            are = f"{images.dtype} {images.shape}"
+            raise ValueError(f"images must be uint8 (N, S, S, 3), not {are}")
+        if "targets" not in table:
+            raise ValueError(f"no array named targets in {base}.npz, only {', '.join(table)}")
+        for name in sorted(COLUMNS & set(table)):
+            table[name] = _column(name, table[name], len(images))
+        targets, names = table["targets"], len(table.get("target_names", ()))
         if names and names != (targets.shape[1] if targets.ndim == 2 else targets.max() + 1):
             raise ValueError(f"target_names has {names} names, which is not the number of targets")
-        if targets.min() < 0 or (targets.ndim == 2 and not np.isin(targets, (0, 1)).all()):
-            raise ValueError("targets must be 0 or 1 (N, K), or class numbers from 0 (N,)")
     except Exception as error:  # np.load raises many things at a foreign or damaged file
         fail(f"{base}.npy/.npz cannot be used: {error}")
-    return images, table, columns
+    return images, table
+
+
+COLUMNS = {"targets", "identities", "is_test", "coarse"}
+
+
+def _column(name: str, values: np.ndarray, n: int) -> np.ndarray:
+    """A column of n images as int64, is_test as bool; raises ValueError where it cannot be one."""
+    shape = (n, *values.shape[1:2]) if name == "targets" else (n,)
+    if values.shape != shape or not values.size or values.dtype.kind not in "biuf":
+        wanted = f"({n},) or ({n}, K)" if name == "targets" else f"({n},)"
+        raise ValueError(f"{name} must be numbers {wanted}, not {values.dtype} {values.shape}")
+    # Classes without gaps are fewer than the images; NaN compares as false.
+    most = {"identities": 2**63 - 1, "is_test": 1}.get(name, n - 1 if values.ndim == 1 else 1)
+    if not ((values >= 0) & (values <= most) & (values == np.floor(values))).all():
+        kind = "classes numbered from 0 without gaps" if most == n - 1 else "whole numbers"
+        raise ValueError(f"{name} must be {kind}, from 0 to {most}")
+    return values.astype(bool if name == "is_test" else np.int64)
 
 
 def load(args, device=CPU) -> dict:
@@ -441,30 +499,44 @@ def load(args, device=CPU) -> dict:
     names annotations and images; true_targets are the targets before any flip; identities, is_test
     and groups (what --forget-classes numbers) are None where the data has none.
     """
-    images, table, columns = _read_pair(prepare(args))
-    targets, identities = table["targets"], table.get("identities")
-    some = np.linspace(0, len(images) - 1, 64).astype(int)
-    digest = hashlib.sha256(images[some].tobytes() + np.ascontiguousarray(targets).tobytes())
-    for column in columns:
-        digest.update(np.asarray(column, dtype=np.int64).tobytes())
+    images, table = _read_pair(prepare(args))
+    targets, digest = table["targets"], hashlib.sha256()
+    if args.dataset in PRESETS:  # hashed while it was prepared
+        digest.update(str(table["images_digest"]).encode())
+    else:
+        for i in range(0, len(images), 256):  # 2 GB/s
+            digest.update(np.ascontiguousarray(images[i : i + 256]))
+    for name in sorted(COLUMNS & set(table)):
+        digest.update(name.encode() + table[name].tobytes())
     groups = targets if targets.ndim == 1 else None
     if args.forget == "subclass":  # the model learns super-classes; a member of one is forgotten
         if "coarse" not in table:
             fail(f"--forget subclass needs super-classes; {args.dataset} has none, cifar100 has")
         targets = table["coarse"]
         table["target_names"] = table.get("coarse_names", np.unique(targets).astype(str))
-    targets = torch.from_numpy(targets.astype(np.float32 if targets.ndim == 2 else np.int64))
+    _check_that_labels_differ(args.dataset, targets, table.get("target_names"))
+    targets = torch.from_numpy(targets).to(torch.float32 if targets.ndim == 2 else torch.int64)
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     args.image_size, images = images.shape[1], torch.from_numpy(images)
     if device.type == "cuda" and images.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)
     data = {"name": pathlib.Path(args.dataset).name, "classes": classes, "device": device}
     data |= {"images": images, "targets": targets, "true_targets": targets, "groups": groups}
-    data |= {"is_test": table.get("is_test"), "digest": digest.hexdigest()[:16]}
-    data["identities"] = None if identities is None else identities.astype(np.int64)
+    data |= {"is_test": table.get("is_test"), "identities": table.get("identities")}
+    data["digest"] = digest.hexdigest()[:16]
     data["names"] = table.get("names", np.arange(len(targets)).astype(str))
     data["target_names"] = table.get("target_names", np.arange(classes).astype(str))
     return flip_labels(data, args.label_noise, args.split_seed) if args.label_noise else data
+
+
+def _check_that_labels_differ(dataset, targets, names=None):
+    """Refuse targets that are all equal; say which attributes all images agree in."""
+    same = (targets == targets[0]).all(0)  # () or (K,)
+    if same.all():
+        fail(f"{dataset}: all images have the same label; two classes, or values, are needed")
+    for k in np.flatnonzero(same):
+        name = k if names is None else names[k]
+        say(f"{dataset}: attribute {name} is {targets[0, k]} in all images; no model can learn it")
 
 
 def flip_labels(data: dict, share: float, split_seed: int) -> dict:
@@ -472,8 +544,8 @@ def flip_labels(data: dict, share: float, split_seed: int) -> dict:
 
     A wrong label is only known by remembering its image, so memorising becomes visible.
     """
-    if data["targets"].ndim == 2 or data["classes"] < 2:
-        fail(f"--label-noise needs two classes to flip between; {data['name']} has fewer")
+    if data["targets"].ndim == 2:
+        fail(f"--label-noise flips classes; {data['name']} has attributes")
     rng = np.random.default_rng([split_seed, 14])
     n, targets = len(data["targets"]), data["targets"].clone()
     chosen = rng.choice(n, round(share * n), replace=False)
@@ -806,16 +878,46 @@ def crop(images: Tensor, maps: Tensor) -> Tensor:
 def write_pictures(data: dict, indices, folder):
     """Write images as PNG, and labels.csv: file, identity, one column an attribute, or class."""
     folder, multilabel = pathlib.Path(folder), data["targets"].ndim == 2
-    columns = [str(name) for name in data["target_names"]] if multilabel else ["class"]
-    rows = [["file", "identity", *columns]]
+    names = [str(name) for name in data["target_names"]]
+    rows = [["file", "identity", *(names if multilabel else ["class"])]]
     for i in indices:
-        with atomic_write(folder / f"{i}.png") as temporary:
+        with common.atomic_write(folder / f"{i}.png") as temporary:
             Image.fromarray(data["images"][i].cpu().numpy()).save(temporary, format="PNG")
-        label = data["targets"][i].int().tolist() if multilabel else [int(data["targets"][i])]
+        label = data["targets"][i].int().tolist()
+        label = label if multilabel else [names[label]]
         rows.append([f"{i}.png", int(data["identities"][i]), *label])
-    with atomic_write(folder / "labels.csv") as path, open(path, "w", newline="") as file:
+    with common.atomic_write(folder / "labels.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     say(f"pictures and labels.csv written to {folder}")
+
+
+def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
+    """Read a CSV file with columns file, identity, and class or one of 0 and 1 for each attribute.
+
+    names: the classes or attributes to expect, None: those that it has. Returns its rows, targets
+    (N,) or (N, K), names. Raises SystemExit(2) for a column or label that is missing or wrong.
+    """
+    text = _text(table)
+    mark = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write any of the three
+    rows = list(csv.DictReader(text.splitlines(), delimiter=mark))
+    if not rows:
+        fail(f"{table} has no rows")
+    if names is None:
+        names = [column for column in rows[0] if column not in ("file", "identity")]
+        multilabel = names != ["class"]
+        names = names if multilabel else sorted({row["class"] for row in rows})
+    columns = names if multilabel else ["class"]
+    for column in ("file", *columns):
+        if column not in rows[0]:
+            fail(f"{table} has no column {column}, only {', '.join(map(str, rows[0]))}")
+    number = {label: i for i, label in enumerate("01" if multilabel else names)}
+    for row in rows:
+        for column in columns:
+            if row[column] not in number:
+                known = ", ".join(number)[:60]
+                fail(f"{table}: {column} of {row['file']} is {row[column]!r}, not one of {known}")
+    targets = np.array([[number[row[column]] for column in columns] for row in rows])  # (N, K)
+    return rows, targets if multilabel else targets[:, 0], names
 
 
 def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
@@ -824,38 +926,29 @@ def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
     names: of the attributes or classes. Raises SystemExit(2) for a file, column or label that is
     missing or wrong.
     """
-    table, images, targets, people = pathlib.Path(folder) / "labels.csv", [], [], []
+    table = pathlib.Path(folder) / "labels.csv"
     if not table.is_file():
         columns = ", ".join(["file", "identity", *(names[:3] if multilabel else ["class"])])
         fail(f"--support {folder}: no labels.csv there (columns: {columns} ...)")
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        fail(f"{table} cannot be read as UTF-8 text with commas ({error})")
-    if not rows:
-        fail(f"{table} has no rows")
+    rows, targets, _ = read_labels(table, names, multilabel)
+    images, people = [], []
     for row in rows:
         try:
-            picture = Image.open(table.parent / row["file"]).convert("RGB")
-            images.append(np.array(picture.resize((size, size), Image.Resampling.BILINEAR)))
-            labels = [int(row[name]) for name in names] if multilabel else int(row["class"])
-            if not (set(labels) <= {0, 1} if multilabel else 0 <= labels < len(names)):
-                raise ValueError("a label must be 0 or 1, or a class from 0 to the classes less 1")
-            targets.append(labels)
             people.append(int(row["identity"]))
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            fail(f"{table}: the row of {row.get('file')} cannot be used ({reason})")
+        except (KeyError, ValueError, TypeError):
+            fail(f"{table}: the row of {row['file']} has no identity, a whole number")
+        images.append(_decode(table.parent / row["file"], size))
+        if isinstance(images[-1], str):
+            fail(f"{table}: {images[-1]} cannot be used as a picture")
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    return images, torch.tensor(targets), people
+    return images, torch.from_numpy(targets), people
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_shared_arguments(parser)
+    common.add_shared_arguments(parser)
     parser.add_argument("--annotations-only", action="store_true", help="split without any picture")
-    return parse_with_presets(parser, PRESETS, argv)
+    return common.parse_with_presets(parser, PRESETS, argv)
 
 
 def main(argv=None):

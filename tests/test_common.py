@@ -356,6 +356,7 @@ BEATS = {"": (10, 32, 0, 0), "--dataset celeba": (5, 224, 3, 0)}
 BEATS |= {"--dataset=celeba --preset code": (5, 224, 7, 9)}
 BEATS |= {"--ids 10 --dataset celeba": (10, 224, 3, 0)}
 BEATS |= {"--dataset celeba --preset code --seed 0 --split-seed 1": (5, 224, 0, 1)}
+BEATS |= {"--train-images 9 --forget random": (10, 32, 0, 0)}
 BEATS |= {"--image-size 8 --seed 4294967296 --ids 1": (1, 8, 2**32, 0)}  # the limits themselves
 
 
@@ -380,6 +381,13 @@ def test_wrong_flag_ends_in_one_line(argv, capsys):
     """An unknown or abbreviated flag, a value of the wrong type or range, a flag without value."""
     line = refused(capsys, argv.split()[0], parse, argv)
     assert all(word in line for word in argv.split()[1:])
+
+
+def test_a_range_reads_as_one_says_it(capsys):
+    refused(capsys, "1.5 must be above 0 and at most 1", parse, "--share 1.5")
+    refused(capsys, "1 must be above 0 and below 1", parse, "--forget-ratio 1")
+    refused(capsys, "7 must be at least 8 and at most 4096", parse, "--image-size 7")
+    refused(capsys, "--train-images goes with --forget random", parse, "--train-images 9")
 
 
 # --------------------------------------------------------------------------------------------------

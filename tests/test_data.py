@@ -5,8 +5,10 @@ python -m pytest tests/test_data.py
 
 import functools
 import itertools
+import os
 import pathlib
 import shutil
+import subprocess
 import zipfile
 
 import numpy as np
@@ -412,6 +414,7 @@ DAMAGE = {  # file, its new content by its old one
     "table cut within a row": (TABLE, lambda old: old[:-8]),
     "table cut within a number": (TABLE, lambda old: old[:-2]),
     "label of 0": (TABLE, lambda old: old.replace(b" -1\n", b" 0\n")),
+    "label of 300": (TABLE, lambda old: old.replace(b" -1\n", b" 300\n")),
     "empty table": (TABLE, lambda old: b""),
 }
 
@@ -502,11 +505,64 @@ def test_second_load_decodes_nothing(tmp_path):
     assert [f.stat().st_mtime_ns for f in files] == stamps
 
 
+@pytest.mark.parametrize("tree", TREES)
+def test_changed_sources_are_prepared_again(tree, tmp_path):
+    """An annotation by its content alone, a picture by its size or time; a new date is no change."""
+    (make, pictures), args = TREES[tree], args_of(tree.split()[0], tmp_path)
+    names, _ = make(tmp_path)
+    table, digests = next(tmp_path.glob("*/*att*.txt")), [data.load(args)["digest"]]
+
+    def loaded():
+        d, prepared = data.load(args), next((tmp_path / "prepared").glob("*.npy"))
+        digests.append(d["digest"])
+        return d, prepared.stat().st_mtime_ns
+
+    written = loaded()[1]
+    table.touch()
+    assert loaded()[1] == written and len(set(digests)) == 1
+    stamp = table.stat().st_mtime_ns
+    table.write_text(table.read_text().replace("-1\n", " 1\n", 1))
+    os.utime(table, ns=(stamp, stamp))
+    assert loaded()[0]["targets"][:2, 8].tolist() == [1, 1]
+    black = tmp_path / pictures / names[3]
+    Image.new("RGB", (20, 20)).save(black)
+    assert not loaded()[0]["images"][3].any()
+    written = loaded()[1]
+    os.utime(black, ns=(stamp, stamp))
+    assert loaded()[1] != written and len(set(digests)) == 3
+
+
+def test_digest_covers_every_picture(tmp_path):
+    """One pixel of one picture of 600, of whatever block, prepared or one's own."""
+    images, digests = np.zeros((600, 8, 8, 3), np.uint8), set()
+    for changed in (None, 0, 137, 300, 599):
+        own = images.copy()
+        if changed is not None:
+            own[changed, 7, 7, 2] = 1
+        digests.add(
+            data.load(make_pair(tmp_path, images=own, targets=np.arange(600) % 2))["digest"]
+        )
+    assert len(digests) == 5
+
+
+def test_leftovers_of_killed_preparations_are_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "prepared").mkdir()
+    left = [f".celeba-224.npy.{pid}.tmp" for pid in (gone.pid, os.getpid(), "x")] + ["mine.1.tmp"]
+    for name in left:
+        (tmp_path / "prepared" / name).touch()
+    data.load(args_of("toyfaces", tmp_path))
+    stay = {file.name for file in (tmp_path / "prepared").glob("*tmp")}
+    assert stay == set(left[1:])
+
+
 def make_pair(folder, **changes):
     """A prepared pair of 12 images of 6 people as a user would bring it."""
     rng = np.random.default_rng(0)
     pair = {"images": rng.integers(0, 256, (12, 8, 8, 3)).astype(np.uint8)}
-    pair |= {"targets": rng.integers(0, 2, (12, 3)), "identities": np.arange(12) // 2} | changes
+    pair |= {"targets": rng.integers(0, 2, (12, 3))} | changes
+    pair = {"identities": np.arange(len(pair["images"])) // 2} | pair
     np.save(folder / "mine.npy", pair.pop("images"))
     np.savez(folder / "mine.npz", **pair)
     return data.parse_args(["--dataset", str(folder / "mine")])
@@ -543,6 +599,17 @@ BAD_PAIRS = {
     "words for targets": {"targets": np.array(["cat", "dog"] * 6)},
     "targets of -1 and 1": {"targets": np.ones((12, 3)) * [1, -1, 1]},
     "classes below 0": {"targets": np.arange(12) - 1},
+    "half a class": {"targets": np.arange(12) / 2},
+    "NaN for targets": {"targets": np.full((12, 3), np.nan)},
+    "targets in a cube": {"targets": np.zeros((12, 3, 1), int)},
+    "targets without shape": {"targets": np.array(1)},
+    "class 4e9": {"targets": np.arange(12) * 4_000_000_000},
+    "one class": {"targets": np.ones(12)},
+    "only constant attributes": {"targets": np.ones((12, 3)) * [1, 0, 1]},
+    "identities in a column": {"identities": np.arange(12)[:, None]},
+    "identities beyond int64": {"identities": np.full(12, 2**63, np.uint64)},
+    "coarse below 0": {"coarse": np.arange(12) - 1},
+    "no images": {"images": np.zeros((0, 8, 8, 3), np.uint8), "targets": np.zeros(0)},
 }
 ENDS = {"absent": None, "empty": 0, "cut in its header": 60, "cut at its end": -40}
 
@@ -554,6 +621,75 @@ def test_bad_pair_ends_in_one_line(what, tmp_path, capsys):
         file, size = tmp_path / f"mine.{what[1]}", ENDS[what[0]]
         file.unlink() if size is None else file.write_bytes(file.read_bytes()[:size])
     refused(capsys, str(tmp_path / "mine"), data.load, args)
+
+
+def test_own_pair_names_what_is_wrong(tmp_path, capsys):
+    """A missing column by its name, an array that is no archive, an attribute that never varies."""
+    args, table = make_pair(tmp_path, targets=np.eye(12)[:, :3] * [1, 1, 0]), tmp_path / "mine.npz"
+    data.load(args)
+    assert "attribute 2 is 0 in all images" in capsys.readouterr().out
+    np.savez(table, labels=np.arange(12))
+    refused(capsys, "no array named targets", data.load, args)
+    shutil.copy(tmp_path / "mine.npy", table)
+    refused(capsys, "not a zip file", data.load, args)
+
+
+def test_own_pair_by_one_of_its_files(tmp_path, capsys):
+    """The pair's own size counts, before it is loaded; another one on the line is refused."""
+    make_pair(tmp_path)
+    for suffix in ("", ".npy", ".npz"):
+        argv = ["--dataset", str(tmp_path / f"mine{suffix}")]
+        args = data.parse_args([*argv, "--image-size", "8"])
+        assert args.dataset == argv[1].removesuffix(suffix) and args.image_size == 8
+        assert data.parse_args(argv).image_size == 8 == data.load(args)["images"].shape[1]
+        refused(capsys, "has 8 pixels a side", data.parse_args, [*argv, "--image-size", "16"])
+
+
+TURNED = {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}  # how EXIF's number lies
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("width", (64, 160))  # the larger one is decoded at half its size
+def test_photographs_are_turned_upright(orientation, width, tmp_path):
+    upright = np.zeros((width, width, 3), np.uint8)
+    upright[: width // 2, : width // 2] = 200
+    image, exif = Image.fromarray(upright).transpose(TURNED[orientation]), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "0.jpg", exif=exif, quality=95)
+    write_lines(tmp_path / "labels.csv", ["file,identity,hat", "0.jpg,7,1"])
+    images, _, _ = data.read_pictures(tmp_path, ["hat"], True, 32)
+    assert (images[0, :, 2:14, 2:14] > 0.7).all() and (images[0, :, 18:] < 0.1).all()
+
+
+CSV = {  # labels.csv, what is said of it
+    "file,identity,hat\n0.png,7,2": "hat of 0.png is '2', not one of 0, 1",
+    "file,identity,hat\n0.png,7": "hat of 0.png is None",
+    "name,identity,hat\n0.png,7,1": "no column file, only name, identity, hat",
+    "file,hat\n0.png,1": "no identity",
+    "file,identity,hat\n0.png,x,1": "no identity",
+    "file,identity,hat\n": "no rows",
+    "file,identity,hat\n1.png,7,1": "1.png",
+    "file,identity,h\xfct\n": "UTF-8",
+}
+
+
+@pytest.mark.parametrize("text", CSV)
+def test_wrong_labels_are_named(text, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "labels.csv").write_text(text, encoding="latin-1")
+    refused(capsys, CSV[text], data.read_pictures, tmp_path, ["hat"], True, 8)
+
+
+@pytest.mark.parametrize("mark", ",;\t")
+def test_labels_from_any_spreadsheet(mark, tmp_path):
+    """With commas, semicolons or tabs, and a byte order mark; a class stands there by its name."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    for column, names, label in (("hat", ["hat"], "1"), ("class", ["dog", "cat"], "cat")):
+        rows = [["file", "identity", column], ["0.png", "7", label]]
+        text = "\r\n".join(mark.join(row) for row in rows)
+        (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig", newline="")
+        _, targets, people = data.read_pictures(tmp_path, names, column == "hat", 8)
+        assert targets.tolist() == ([[1]] if column == "hat" else [1]) and people == [7]
 
 
 @pytest.fixture

@@ -211,6 +211,7 @@ BROKEN = {  # file, its new content by its old one, what is named
     "annotation": ("val/val_annotations.txt", lambda _: b"val_0.JPEG n2\n", "val_annotations.txt"),
     "picture": ("val/images/val_0.JPEG", None, "val_0.JPEG"),
     "class": ("wnids.txt", lambda old: old + b"n3\n", "n3"),
+    "Latin-1": ("wnids.txt", lambda old: old + b"\xfc", "UTF-8"),
     "truncated": ("train/n1/images/n1_2.JPEG", lambda old: old[:200], "n1_2.JPEG"),
 }
 
