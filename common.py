@@ -586,6 +586,9 @@ def check_writable(*folders, file=None):
             fail(f"cannot write to {folder} ({error.strerror}); choose another folder")
 
 
+PARTIAL_EVERY = 60.0  # seconds between the checkpoints from which --resume goes on
+
+
 def save_checkpoint(path, **content):
     """Save tensors and plain values atomically; load_checkpoint reads them with no code in them."""
     with atomic_write(path) as temporary:

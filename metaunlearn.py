@@ -38,7 +38,6 @@ import argparse
 import math
 import pathlib
 import sys
-import time
 import warnings
 
 import numpy as np
@@ -426,10 +425,11 @@ def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args)
 def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
     """Alg. 1 lines 8-17; theta never changes. Returns h_phi and the seconds that it took.
 
-    Saves phi at path, and after each epoch what --resume needs. Raises SystemExit(2) when phi is no
+    Saves phi at path, and once a minute what --resume needs, after an epoch. Raises SystemExit(2) when phi is no
     longer finite.
     """
-    begin, rank = time.time(), rank_and_world()[0]
+    device, rank = data["device"], rank_and_world()[0]
+    begin = saved_at = common.clock(device)
     h_phi, content = new_meta_loss(model, data, split, args), meta_loss_content(data, split, args)
     mlp = [p for name, p in h_phi.named_parameters() if not name.startswith("log_step")]
     groups = [{"params": mlp, "peak": args.alpha}]
@@ -446,21 +446,23 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
     original = original_outputs(model, data, split, args)
     epochs = 1 if args.dry_run else args.meta_epochs
     for epoch in range(first, epochs):
-        clock = time.time()
+        epoch_began = common.clock(device)
         A = meta_epoch(h_phi, optimizer, model, data, split, original, epoch, args)
         if not all(torch.isfinite(p).all() for p in h_phi.parameters()):
             advice = f"lower --alpha ({args.alpha}) or --eta ({args.eta})"
             fail(f"the meta-loss is not finite in epoch {epoch + 1}; {advice}")
-        took = time.time() - clock
+        now = common.clock(device)
+        took = now - epoch_began
         say(
             f"meta-loss epoch {epoch + 1}/{epochs}: {len(A)} requests, A {np.mean(A):.5f}, "
             f"{took:.1f} s, {(epochs - epoch - 1) * took:.0f} s left"
         )
-        if rank == 0:
+        if rank == 0 and epoch + 1 < epochs and now - saved_at >= common.PARTIAL_EVERY:
             state = dict(phi=h_phi.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
-            state |= dict(seconds=time.time() - begin, **content)
+            state |= dict(seconds=now - begin, **content)
             save_checkpoint(partial, kind="partial meta-loss", **state)
-    seconds = time.time() - begin
+            saved_at = now
+    seconds = common.clock(device) - begin
     if rank == 0:
         state = dict(phi=h_phi.state_dict(), theta=model.state_dict(), seconds=seconds)
         save_checkpoint(path, kind="meta-loss", **state, **content)
@@ -551,9 +553,11 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
         h_phi, seconds["meta_train"] = meta_train(model, data, split, args, path)
 
     f, theta = model_function(model, args.amp), updatable(model, args.preset == "code")
-    S, clock = support_batch(data, split["train_ids"], split["support"]), time.time()
+    S = support_batch(data, split["train_ids"], split["support"])
+    begin = common.clock(data["device"])
     theta_u = unlearn(h_phi, f, theta, S, args.eta)
-    seconds["unlearn"], clock = time.time() - clock, time.time()
+    unlearned_at = common.clock(data["device"])
+    seconds["unlearn"] = unlearned_at - begin
 
     def unlearn_simulated(problem):
         S = support_batch(data, split["train_ids"], problem["support"])
@@ -566,7 +570,7 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     models = {"original": model, "retrained": gold, "ascent": ascended}
     models["unlearned"] = with_parameters(model, theta_u)
     rows = {row: evaluate.measure(m, data, split, args.amp) for row, m in models.items()}
-    seconds["evaluate"] = time.time() - clock
+    seconds["evaluate"] = common.clock(data["device"]) - unlearned_at
     reads = ["retain", "forget", "val"]
     access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
     access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}

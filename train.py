@@ -16,7 +16,6 @@ Departure from the authors' code: the cosine runs per iteration down to 0 (their
 
 import math
 import pathlib
-import time
 
 import torch
 
@@ -117,7 +116,8 @@ def learning_rate(step: int, steps_per_epoch: int, args) -> float:
 def train(which: str, data: dict, split: dict, args):
     """Train or load the model `which`, "original" (on D_tr) or "gold" (on D_r); also its seconds.
 
-    With --resume training goes on after the last finished epoch. Under torchrun each process takes
+    With --resume training goes on after the last epoch that was kept, of which there is at most one
+    a minute. Under torchrun each process takes
     its share of every batch, and the result is that of one process but for rounding and batch-norm
     statistics. Raises SystemExit(2) for a checkpoint of
     another split or recipe, and when the loss is no longer finite.
@@ -149,8 +149,9 @@ def train(which: str, data: dict, split: dict, args):
         kept, done = {key: saved[key] for key in kept}, saved["epoch"] + 1
         say(f"{which}: resuming after epoch {done}")
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    saved_at = common.clock(device)
     for epoch in range(done, epochs):
-        begin = time.time()
+        begin = common.clock(device)
         loss = train_epoch(wrapped, optimizer, data, chosen, epoch, seed, args)
         if not math.isfinite(loss):
             fail(f"{which}: the loss is not finite in epoch {epoch + 1}; lower --lr ({args.lr})")
@@ -158,16 +159,18 @@ def train(which: str, data: dict, split: dict, args):
         if value > kept["best"] or args.keep == "last":
             state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
             kept |= {"best": value, "best_state": state}
-        took = time.time() - begin
+        now = common.clock(device)
+        took = now - begin
         kept["seconds"] += took
         say(
             f"{which} epoch {epoch + 1}/{epochs}: loss {loss:.4f}, validation {100 * value:.1f} "
             f"(kept {100 * kept['best']:.1f}), {took:.1f} s, "
             f"{(epochs - epoch - 1) * took:.0f} s left"
         )
-        if rank == 0 and epoch + 1 < epochs:
+        if rank == 0 and epoch + 1 < epochs and now - saved_at >= common.PARTIAL_EVERY:
             progress = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
             save_checkpoint(partial, kind="partial model", **progress, **kept, **identity)
+            saved_at = now
     if rank == 0:
         content = dict(model=kept["best_state"], best=kept["best"], seconds=kept["seconds"])
         save_checkpoint(path, kind="model", indices=split, **content, **identity)

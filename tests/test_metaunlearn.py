@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import pathlib
@@ -463,6 +464,7 @@ def test_dry_run_goes_through_everything_and_is_kept_apart(trained, tmp_path, ex
 def test_resumed_equals_uninterrupted(small, trained, tmp_path, monkeypatch):
     """Training and meta-training, each interrupted after an epoch: the same to the last bit."""
     flags, real = [*short(small, tmp_path), "--resume"], common.save_checkpoint
+    monkeypatch.setattr(common, "PARTIAL_EVERY", 0.0)
 
     def save_and_stop(path, kind, **content):
         real(path, kind=kind, **content)
@@ -475,6 +477,25 @@ def test_resumed_equals_uninterrupted(small, trained, tmp_path, monkeypatch):
             M.main(flags)
         assert list(tmp_path.rglob("*.partial.pt"))
     assert without_clock(M.main(flags)) == without_clock(trained.result)
+
+
+def test_seconds_are_of_the_clock_and_progress_is_kept_once_a_minute(small, tmp_path, monkeypatch):
+    """A clock that gains 25 s at each look: 2 looks an epoch, so every second epoch is kept."""
+    ticks, real, kinds = itertools.count(0, 25), common.save_checkpoint, []
+
+    def save(path, kind, **content):
+        kinds.append(kind)
+        real(path, kind=kind, **content)
+
+    monkeypatch.setattr(common, "clock", lambda device: float(next(ticks)))
+    for module in (T, M):
+        monkeypatch.setattr(module, "save_checkpoint", save)
+    result = M.main([*short(small, tmp_path), "--epochs", "5", "--meta-epochs", "5"])
+    each = ["partial model"] * 2 + ["model"]
+    assert kinds == [*each, *each, "partial meta-loss", "partial meta-loss", "meta-loss"]
+    seconds = result["seconds"]
+    assert seconds["train"] == seconds["retrain"] == 125 and seconds["unlearn"] == 25
+    assert seconds["meta_train"] == 275 and seconds["evaluate"] % 25 == 0
 
 
 def test_two_processes_equal_one(small, trained, tmp_path):
