@@ -422,7 +422,8 @@ def test_paper_figures_by_hand():
 
 # Whole runs
 
-SHORT = ["--epochs", "25", "--iterations", "12", "--alpha", "0.3", "--beta", "0.03"]
+# 12 iterations: 6.4 passes over 121 images, 64 at a time
+SHORT = ["--epochs", "25", "--passes", "6.4", "--alpha", "0.3", "--beta", "0.03"]
 PHASES = {"train": T, "mi_models": L, "unlearn": L, "validation_gap": E, "measure": E}
 
 
@@ -603,12 +604,29 @@ def test_beta_falls_to_0_along_a_cosine(digits, monkeypatch):
     before = copy.deepcopy(digits.model.state_dict())
     ones = [torch.ones_like(p) for p in digits.model.parameters()]
     monkeypatch.setattr(L, "iteration", lambda *_: (ones, {"tune": 1.0}))
-    args = Namespace(**vars(digits.args) | {"iterations": 5, "beta": 0.2})
+    args = Namespace(**vars(digits.args) | {"passes": 2.6, "beta": 0.2})  # 5 iterations
     student, _, _ = L.unlearn(digits.model, digits.data, digits.split, digits.seen, None, args)
     total = sum(0.2 * (1 + np.cos(np.pi * t / 5)) / 2 for t in range(5))
     for name, p in student.named_parameters():
         assert torch.allclose(p, before[name] - total, atol=1e-5), name
     assert equal(digits.model.state_dict(), before)
+
+
+def test_iterations_grow_with_the_forget_set(digits, monkeypatch):
+    """As many as make --passes passes over D_f, k images at a time, and at least one."""
+    zeros = [torch.zeros_like(p) for p in digits.model.parameters()]
+    monkeypatch.setattr(L, "iteration", lambda *_: (zeros, {"tune": 1.0}))
+    forget = digits.split["forget"]  # 121 images
+    for passes, size, k, expected in (
+        (32, 121, 64, 60),
+        (4, 60, 64, 4),
+        (4, 121, 11, 44),
+        (0.1, 121, 64, 1),
+    ):
+        args = Namespace(**vars(digits.args) | {"passes": passes, "support_size": k})
+        split = digits.split | {"forget": forget[:size]}
+        log = L.unlearn(digits.model, digits.data, split, digits.seen, None, args)[1]
+        assert len(log) == expected
 
 
 def test_a_diverged_step_stops_and_leaves_the_last_progress(run, again, monkeypatch, capsys):
@@ -631,14 +649,14 @@ def test_a_diverged_step_stops_and_leaves_the_last_progress(run, again, monkeypa
 
 def test_a_step_that_explodes_is_caught_at_once(again, capsys):
     """A finite gradient, an update far too large: stopped by the weights, or the next losses."""
-    flags = ["--beta", "1000", "--iterations", "3", "--name", "exploded"]
+    flags = ["--beta", "1000", "--passes", "1.5", "--name", "exploded"]
     assert "diverged" in refused(capsys, "lower --beta (1000.0)", again, *flags)
 
 
 def test_class_forgetting_run(tmp_path):
     """Neither the gold model nor LTU should know test images of a class that is gone."""
     flags = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0"]
-    flags += ["--epochs", "5", "--iterations", "8", "--alpha", "0.3", "--beta", "0.03"]
+    flags += ["--epochs", "5", "--passes", "4", "--alpha", "0.3", "--beta", "0.03"]
     result = L.main([*places(tmp_path), *flags])
     assert result["setting"] == "class3-split0" and result["validation_gap"] is None
     rows = result["metrics"]
@@ -649,7 +667,7 @@ def test_class_forgetting_run(tmp_path):
 
 def test_attributes_and_identities_too(flags, tmp_path, capsys):
     """Identities to forget: mAP and ToW of a multi-label model without batch norm, and no MI."""
-    result = L.main([*flags, "--iterations", "2", "--support-size", "8", "--plot"])
+    result = L.main([*flags, "--passes", "1", "--support-size", "8", "--plot"])
     assert result["setting"] == "ids4-split0" and result["metric"] == "mAP"
     assert not any({"mi", "wrong"} & set(row) for row in result["metrics"].values())
     assert 0 < E.compare(result["metrics"])["unlearned"]["tow"] <= 1
@@ -666,7 +684,7 @@ def test_dry_run_takes_every_phase_and_is_kept_apart(tmp_path):
     assert saved["which"] == "unlearned" and saved["split"] == result["split_hash"]
 
 
-OUT_OF_RANGE = "rho 0, rho 1.5, rho nan, mi-models 1, alpha 0, beta -1, iterations 0, "
+OUT_OF_RANGE = "rho 0, rho 1.5, rho nan, mi-models 1, alpha 0, beta -1, passes 0, "
 OUT_OF_RANGE += "support-size 1, forget-ratio 1, label-noise 0.95, name a/b"
 BAD = {f"--{flag}": f"argument --{flag.split()[0]}: " for flag in OUT_OF_RANGE.split(", ")}
 BAD |= {
@@ -711,5 +729,5 @@ def test_goal_of_the_validation_gap_needs_neither_gold_nor_test(digits):
 
 def test_args_do_not_leak_into_each_other():
     cifar, args = L.parse_args(["--dataset", "cifar10"]), L.parse_args(["--rho", "0.3"])
-    assert (cifar.model, cifar.iterations) == ("resnet18", 160) and L.label_of(args) == "LTU"
-    assert (args.dataset, args.label_noise, args.iterations) == ("digits", 0.1, 60)
+    assert (cifar.model, cifar.passes) == ("resnet18", 9.1) and L.label_of(args) == "LTU"
+    assert (args.dataset, args.label_noise, args.passes) == ("digits", 0.1, 32)
