@@ -38,7 +38,6 @@ No official code exists. Where the paper is silent this is what we do:
 
 import copy
 import math
-import time
 
 import numpy as np
 import torch
@@ -51,6 +50,7 @@ import common
 import evaluate
 from common import (
     autocast,
+    clock,
     fail,
     generator,
     load_checkpoint,
@@ -403,13 +403,14 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     Returns the copy, a log with the losses of each iteration, and the seconds. Raises SystemExit(2)
     at a step that diverges.
     """
-    student, begin = copy.deepcopy(model).train(), time.time()
+    student, device = copy.deepcopy(model).train(), data["device"]
+    begin = kept = clock(device)
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
     z_1, seen_labels = z_1_table(model, data, forget, seen, args.amp), label_vectors(data, seen)
     identity = {"split": split["hash"], "method": method}
     identity |= {flag: getattr(args, flag) for flag in METHOD_FLAGS}
-    first, log, clock = 0, [], time.time()
+    first, log = 0, []
     if partial and args.resume and partial.is_file():
         saved = load_checkpoint(partial, "partial unlearning", **identity)
         student.load_state_dict(saved["model"])
@@ -417,11 +418,6 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
         say(f"{method}: resuming after iteration {first}")
     k = min(args.support_size, len(forget))
     total = 2 if args.dry_run else max(1, round(args.passes * len(forget) / k))
-
-    def keep(t):
-        if partial:
-            state = dict(model=student.state_dict(), iteration=t, seconds=time.time() - begin)
-            save_checkpoint(partial, kind="partial unlearning", log=log, **state, **identity)
 
     for t in range(first, total):
         batch = draw_batch(data, forget, seen, seen_labels, z_1, t, args)
@@ -439,12 +435,16 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
             advice = f"lower --beta ({args.beta}) or --alpha ({args.alpha})"
             fail(f"{method}: iteration {t + 1} diverged (loss {loss:g}); {advice}")
         log.append(told)
-        if (t + 1) % max(1, total // 5) == 0 or time.time() - clock > 60:
-            clock = time.time()
+        now = clock(device)
+        if now - kept > 60 or (t + 1) % max(1, total // 5) == 0:
             said = ", ".join(f"{name} {value:.3f}" for name, value in told.items())
             say(f"{method} iteration {t + 1}/{total}: {said}")
-            keep(t)
-    return student.eval(), log, time.time() - begin
+        if now - kept > 60:
+            kept = now
+            if partial:
+                state = dict(model=student.state_dict(), iteration=t, seconds=now - begin, log=log)
+                save_checkpoint(partial, kind="partial unlearning", **state, **identity)
+    return student.eval(), log, clock(device) - begin
 
 
 # --------------------------------------------------------------------------------------------------
@@ -525,18 +525,18 @@ def main(argv=None):
         fail(f"--rho {args.rho} leaves {len(seen)} of {whole} images of D_r; ten are the least")
     say(f"D_r_hat: {len(seen):,} images (rho {args.rho:g})")
     model, gold, seconds = train_both(data, split, args)
-    clock = time.time()
+    begin = clock(device)
     attacks, mi_report = mi_models(model, data, split, seen, args) if args.forfeed else ([], [])
-    seconds["mi_models"] = time.time() - clock
+    seconds["mi_models"] = clock(device) - begin
     partial = checkpoint_folder(args) / f"{name}-seed{args.seed}.partial.pt"
     unlearned, log, seconds["unlearn"] = unlearn(model, data, split, seen, attacks, args, partial)
     finetuned, _, seconds["ft"] = unlearn(model, data, split, seen, attacks, args, method="ft")
 
-    clock = time.time()
+    begin = clock(device)
     gap = evaluate.validation_gap(unlearned, model, data, split, seen, args)
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
     rows = {row: evaluate.measure(m, data, split, args.amp, seen) for row, m in models.items()}
-    seconds["evaluate"] = time.time() - clock
+    seconds["evaluate"] = clock(device) - begin
     reads = ["forget", f"retain (rho {args.rho:g})"]
     access = {"unlearning": [*reads, "val"] if args.forfeed else reads}
     access["choosing flags"] = [*reads, "val"]

@@ -580,8 +580,12 @@ def test_add_and_project_differ_only_where_gradients_conflict():
 
 
 def test_resume_equals_uninterrupted(run, again, monkeypatch):
-    """Stopped in the middle of the loop, then --resume: the same model to the bit."""
-    real, calls = L.iteration, []
+    """Stopped in the middle of the loop, then --resume: the same model to the bit.
+
+    By the clock an iteration takes 25 s: progress is saved at a minute, that is every third one.
+    """
+    real, calls, now = L.iteration, [], itertools.count(step=25)
+    monkeypatch.setattr(L, "clock", lambda device: next(now))
 
     def stop(*args):
         calls.append(1)
@@ -593,9 +597,12 @@ def test_resume_equals_uninterrupted(run, again, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         again("--name", "resumed")
     (partial_file,) = run.folder.rglob("ltu-resumed-seed0.partial.pt")
+    assert torch.load(partial_file, weights_only=True)["iteration"] == 5
     result = again("--name", "resumed", "--resume")
     assert len(calls) < 8 + 12 and not partial_file.exists()
     assert result["log"] == run.result["log"]
+    took = {name: result["seconds"][name] for name in ("mi_models", "unlearn", "ft", "evaluate")}
+    assert took == {"mi_models": 25, "unlearn": 6 * 25 + 7 * 25, "ft": 13 * 25, "evaluate": 25}
     assert equal(saved_model(run.folder, "ltu-resumed"), saved_model(run.folder))
 
 
@@ -639,10 +646,15 @@ def test_a_diverged_step_stops_and_leaves_the_last_progress(run, again, monkeypa
         return [g * float("nan") for g in gradient] if len(calls) == 4 else gradient, told
 
     monkeypatch.setattr(L, "iteration", poison)
+    refused(capsys, "iteration 4 diverged", again, "--name", "unsaved")
+    assert not list(run.folder.rglob("*unsaved*"))  # it took less than a minute
+    calls.clear()
+    now = itertools.count(step=35)  # every second iteration
+    monkeypatch.setattr(L, "clock", lambda device: next(now))
     refused(capsys, "iteration 4 diverged", again, "--name", "poisoned")
     (path,) = run.folder.rglob("ltu-poisoned-seed0.partial.pt")
     saved = torch.load(path, weights_only=True)
-    assert saved["iteration"] == 1  # progress is saved at a fifth of the 12 iterations
+    assert saved["iteration"] == 1
     assert all(torch.isfinite(t.float()).all() for t in saved["model"].values())
     assert not list(run.folder.rglob("*poisoned*.json"))
 
