@@ -533,17 +533,12 @@ def main(argv=None):
     finetuned, _, seconds["ft"] = unlearn(model, data, split, seen, attacks, args, method="ft")
 
     begin = clock(device)
-    gap = evaluate.validation_gap(unlearned, model, data, split, seen, args)
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
     rows = {row: evaluate.measure(m, data, split, args.amp, seen) for row, m in models.items()}
     seconds["evaluate"] = clock(device) - begin
     reads = ["forget", f"retain (rho {args.rho:g})"]
     access = {"unlearning": [*reads, "val"] if args.forfeed else reads}
-    access["choosing flags"] = [*reads, "val"]
-    conflicts = conflicts_in(log)
-    if gap:
-        say(f"validation gap {100 * gap['mean']:.2f}: distance from the goal by D_v and D_r_hat")
-    more = dict(validation_gap=gap, conflicts=conflicts, mi_models=mi_report, log=log)
+    more = dict(conflicts=conflicts_in(log), mi_models=mi_report, log=log)
     result = evaluate.report(
         name, unlearned, rows, seconds, access, flags, data, split, args, **more
     )
