@@ -126,19 +126,36 @@ def z_1_table(model, data, forget: Tensor, seen: Tensor, amp=False) -> Tensor:
     forget and seen: indices of D_f and D_r_hat -> (|D_f|,).
     """
     f, r = (predict(model, data, part, amp, features=True) for part in (forget, seen))  # (n, D)
-    return torch.cat([seen[torch.cdist(block, r).argmin(1)] for block in f.split(1024)])
+    f, r = f.to(data["device"]), r.to(data["device"])
+    nearest = [torch.cdist(block, r).argmin(1) for block in f.split(1024)]  # not (|D_f|, n) at once
+    return seen[torch.cat(nearest).cpu()]
 
 
-def z_2(labels: Tensor, seen: Tensor, seen_labels: Tensor, rng: torch.Generator) -> Tensor:
+def by_label(data, seen: Tensor) -> tuple:
+    """D_r_hat in groups of the same label vector, for z_2.
+
+    Returns the vectors (u, K), the number of images in each group (u,), and the images (n,), group
+    after group.
+    """
+    labels = label_vectors(data, seen)
+    vectors, group, count = labels.unique(dim=0, return_inverse=True, return_counts=True)
+    return vectors, count, seen[group.argsort()]
+
+
+def z_2(labels: Tensor, groups: tuple, rng: torch.Generator) -> Tensor:
     """Eq. (9): for each of k labels an image of D_r_hat with the nearest label vector.
 
-    labels (k, K) and seen_labels (n, K) are vectors of 0 and 1 (one-hot or attributes), so squared
-    distances are whole numbers, and a random number below 1 decides between equals alone. Returns
-    indices (k,).
+    labels (k, K) are vectors of 0 and 1 (one-hot or attributes), so squared distances are whole
+    numbers and may be equal; of all images equally near one is random. groups: see by_label.
+    Returns indices (k,).
     """
-    both = labels @ seen_labels.T
-    distance = labels.sum(1)[:, None] + seen_labels.sum(1) - 2 * both  # (k, n), ||a - b||^2
-    return seen[(distance + torch.rand(distance.shape, generator=rng)).argmin(1)]
+    vectors, count, images = groups
+    distance = labels.sum(1)[:, None] + vectors.sum(1) - 2 * labels @ vectors.T  # (k, u)
+    near = distance == distance.amin(1, keepdim=True)
+    until = (near * count).cumsum(1)  # (k, u): equally near images up to and with each group
+    drawn = (torch.rand(len(labels), generator=rng) * until[:, -1]).long()[:, None]  # (k, 1)
+    group = torch.searchsorted(until, drawn, right=True)
+    return images[count.cumsum(0)[group] - until.gather(1, group) + drawn][:, 0]
 
 
 def z_3(seen: Tensor, k: int, rng: torch.Generator) -> Tensor:
@@ -154,18 +171,18 @@ def label_vectors(data, indices) -> Tensor:
     return targets if targets.ndim == 2 else F.one_hot(targets, data["classes"]).float()
 
 
-def draw_batch(data, forget: Tensor, seen: Tensor, seen_labels, z_1, t: int, args) -> dict:
+def draw_batch(data, forget: Tensor, seen: Tensor, z_1, groups, t: int, args) -> dict:
     """S and D_Au (the same k images of D_f), Q_1..Q_3 and two MI models of iteration t.
 
-    seen: indices of D_r_hat. Returns S (k, 3, H, W) with y_rand and its true labels y; Q (3k, ...)
-    with y_Q; attacks (i, j); iteration; indices. All of it depends on --seed and t alone, so that
-    resuming equals never having stopped.
+    seen: indices of D_r_hat; z_1, groups: of z_1_table and by_label. Returns S (k, 3, H, W) with
+    y_rand and its true labels y; Q (3k, ...) with y_Q; attacks (i, j); iteration; indices. All of
+    it depends on --seed and t alone, so that resuming equals never having stopped.
     """
     rng = generator(args.seed, t, 8)
     k = min(args.support_size, len(forget))
     rows = torch.randperm(len(forget), generator=rng)[:k]
     S = forget[rows]
-    queries = [z_1[rows], z_2(label_vectors(data, S), seen, seen_labels, rng), z_3(seen, k, rng)]
+    queries = [z_1[rows], z_2(label_vectors(data, S), groups, rng), z_3(seen, k, rng)]
     Q = torch.cat(queries)  # (3k,)
     batch = {"iteration": t, "y_rand": random_labels(data, seen, k, rng), "indices": (S, Q)}
     for name, indices in (("S", S), ("Q", Q)):
@@ -407,7 +424,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     begin = kept = clock(device)
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
-    z_1, seen_labels = z_1_table(model, data, forget, seen, args.amp), label_vectors(data, seen)
+    z_1, groups = z_1_table(model, data, forget, seen, args.amp), by_label(data, seen)
     identity = {"split": split["hash"], "method": method}
     identity |= {flag: getattr(args, flag) for flag in METHOD_FLAGS}
     first, log = 0, []
@@ -420,7 +437,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     total = 2 if args.dry_run else max(1, round(args.passes * len(forget) / k))
 
     for t in range(first, total):
-        batch = draw_batch(data, forget, seen, seen_labels, z_1, t, args)
+        batch = draw_batch(data, forget, seen, z_1, groups, t, args)
         if method == "ft":
             G, told = plain_gradient(student, theta, batch, args)
         else:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import places, record_reads, refused
+from scipy.stats import chi2
 from sklearn.svm import SVC
 from torch import nn
 from torch.func import functional_call
@@ -276,17 +277,25 @@ def test_z_1_is_the_nearest_neighbour(digits):
 
 
 def test_z_2_finds_a_nearest_label_and_breaks_ties_at_random():
-    rng, chosen = torch.Generator().manual_seed(0), set()
-    seen, seen_labels = torch.arange(100, 140), torch.randint(0, 2, (40, 3), generator=rng).float()
-    labels = torch.randint(0, 2, (30, 3), generator=rng).float()
-    for _ in range(20):
-        found = L.z_2(labels, seen, seen_labels, rng)
-        distance = (labels - seen_labels[found - 100]).abs().sum(1)
-        assert torch.equal(distance, (labels[:, None] - seen_labels).abs().sum(2).amin(1))
-        chosen |= set(found.tolist())
-    assert len(chosen) > 30  # of 40: not always the first
-    one_hot = torch.eye(4)  # of the third class there is no image
-    assert L.z_2(one_hot[2:3], torch.tensor([7, 8]), one_hot[:2], rng).item() in (7, 8)
+    """Each of the images equally near is as likely, whatever their label vectors (chi-square)."""
+    rng, seen = torch.Generator().manual_seed(0), torch.arange(100, 140)
+    targets = torch.randint(0, 2, (140, 4), generator=rng).float()
+    targets[100:, 0] = 0  # so that a label with 1 there has several nearest vectors, or one
+    targets[100:130] = targets[100]
+    groups, labels = L.by_label({"targets": targets}, seen), targets[:8]
+    found = torch.stack([L.z_2(labels, groups, rng) for _ in range(4000)])  # (4000, 8)
+    distance, ties = (labels[:, None] - targets[seen]).abs().sum(2), []  # (8, 40)
+    for label in range(8):
+        near = seen[distance[label] == distance[label].min()]
+        count = np.array([(found[:, label] == image).sum() for image in near])
+        assert count.sum() == 4000, "an image that is not among the nearest"
+        expected = 4000 / len(near)
+        assert ((count - expected) ** 2 / expected).sum() < chi2.ppf(0.9999, max(1, len(near) - 1))
+        ties.append(len(targets[near].unique(dim=0)))
+    assert max(ties) > 1 and min(ties) == 1
+    one_hot = {"targets": torch.tensor([0, 1, 2, 3]), "classes": 4}
+    groups = L.by_label(one_hot, torch.tensor([0, 1]))  # of the third class there is no image
+    assert L.z_2(torch.eye(4)[2:3], groups, rng).item() in (0, 1)
 
 
 def test_random_labels_are_uniform_over_all_classes(digits):
@@ -301,7 +310,7 @@ def test_batches_hold_what_the_paper_says(digits):
     """S is of D_f, Q_1..Q_3 of D_r_hat, two MI models differ; an iteration repeats its batch."""
     forget, seen, y = digits.parts["forget"], torch.tensor(digits.seen), digits.data["targets"]
     z_1 = L.z_1_table(digits.model, digits.data, forget, seen)
-    given = digits.data, forget, seen, L.label_vectors(digits.data, seen), z_1
+    given = digits.data, forget, seen, z_1, L.by_label(digits.data, seen)
     batches, k = [L.draw_batch(*given, t, digits.args) for t in range(30)], 64
     for batch in batches:
         S, Q = batch["indices"]
