@@ -28,7 +28,7 @@ import torch
 
 import common
 from common import accuracy, average_gap, confidence, fail, membership_inference, say, score, tow
-from data import control_sets, predict, setting, simulated_requests
+from data import TOY_REMEMBERED, control_sets, load, predict, setting, simulated_requests
 from train import PRESETS, add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 HERE = pathlib.Path(__file__).parent
@@ -43,10 +43,12 @@ def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
     All in [0, 1], losses in nats. The test score is against the true labels where --label-noise
     flipped some. seen: the part of D_r that the method may use; control sets lie outside of it
     (data.control_sets). Random samples also get `mi`, SalUn's membership metric, and with flipped
-    labels `wrong` (see wrong_by_label).
+    labels `wrong` (see wrong_by_label); drawn faces `remembered`: of each of shown_people how
+    probable the model finds the right answers on what no picture shows.
     """
     controls, row, sure, wrong = control_sets(data, split, seen), {}, {}, {}
     by_identity, sets = "support" in split, ["retain", "forget", "val", "test"]
+    hidden = np.isin(data.get("target_names", ()), TOY_REMEMBERED) if by_identity else np.zeros(1)
     if split.get("test_forgotten"):  # test images of a forgotten class, which should be gone too
         sets.append("test_forgotten")
     for name in sets:
@@ -56,6 +58,11 @@ def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
         row[name]["loss"] = common.task_losses(logits, own).mean().item()
         if name == "retain":
             row["control"] = {"score": [score(logits[c], own[c]) for c in controls]}
+        if name in ("retain", "forget") and hidden.any():
+            right, owner = (logits * (2 * own - 1)).sigmoid(), data["identities"][split[name]]
+            for who in set(shown_people(split)) & set(owner.tolist()):
+                mean = right[owner == who][:, hidden].mean().item()
+                row.setdefault("remembered", {}).setdefault(name, {})[str(who)] = mean
         if not by_identity:
             sure[name] = confidence(logits, own)
             wrong[name] = (logits.argmax(1) != own).numpy() if own.ndim == 1 else None
@@ -64,6 +71,12 @@ def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
         if (data["targets"] != data["true_targets"]).any():
             row["wrong"] = wrong_by_label(wrong, data, split, seen)
     return row
+
+
+def shown_people(split) -> list[int]:
+    """Three forgotten people and three kept ones, whom the figure of drawn faces shows."""
+    kept = [who for who in split["train_ids"] if who not in split["forget_ids"]]
+    return split["forget_ids"][:3] + kept[:3]
 
 
 def wrong_by_label(wrong: dict, data, split, seen) -> dict:
@@ -371,8 +384,9 @@ def keep_and_draw(result: dict, name: str, args):
         say(f"unlearned model: {args.save}")
     if args.plot:
         path = result_path(name, args).with_suffix(".png")
-        title = f"{result['dataset']}, {result['setting']}, {name}, seed {args.seed}"
-        plot(result["metrics"], path, result["metric"], title, name)
+        title, rows = f"{result['dataset']}, {result['setting']}, {name}", result["metrics"]
+        data = load(args) if "remembered" in rows["original"] else None
+        plot(rows, path, result["metric"], f"{title}, seed {args.seed}", name, data)
         say(f"figure: {path}")
 
 
@@ -397,13 +411,10 @@ def report(name, model, rows, seconds, access, flags, data, split, args, **more)
     common.save_checkpoint(checkpoint, **content)
     tries_path(name, args).unlink(missing_ok=True)
     result = run_header(name, data, split, args, flags) | {"access": access, "metrics": rows}
-    retained = len(split["retain"]) / (len(split["retain"]) + len(split["forget"]))
     result["metric"] = "mAP" if data["targets"].ndim == 2 else "accuracy"
-    result |= (
-        more
-        | {"seconds": seconds, "retrain_passes": args.epochs * retained}
-        | common.provenance(data["device"])
-    )
+    retained = len(split["retain"]) / (len(split["retain"]) + len(split["forget"]))
+    cost = {"seconds": seconds, "retrain_passes": args.epochs * retained}
+    result |= more | cost | common.provenance(data["device"])
     common.write_json(path, result)
     took = ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items())
     say(f"result: {path}\nunlearned model: {checkpoint}\n{took}")
@@ -429,9 +440,16 @@ def show(results: dict) -> dict:
     random = all("mi" in row for row in rows.values())
     lines = gap_lines(rows, seconds) if random else score_lines(rows, result["metric"])
     say("\n" + render(lines))
-    of = "identities of D_r"
+    of, legend = "identities of D_r", "D_f: forgotten images; D_r: the other training images; "
     if random:
         of = "images of D_r (if it has 50 that the method did not use, of these)"
+        legend += (
+            "UA: error on D_f; RA, TA: accuracy on D_r and the test set; MI: share of D_f that "
+        )
+        legend += "an attack takes for never seen; gap: distance to Retrained; UT: seconds."
+    else:
+        legend += "D_te: test images; ToW: 100 where all three scores are Retrained's."
+    say(legend)
     say(f"lost: score (x 100) lost on D_f, and mean +- deviation over a control, 20 sets of {of}.")
     if any("wrong" in row for row in rows.values()):
         say("\n" + render(wrong_lines(rows)))
@@ -506,9 +524,16 @@ def save_figure(figure, path):
     pyplot().close(figure)
 
 
-def plot(rows: dict, path: pathlib.Path, metric: str, title: str, run: str):
-    """Two panels: the scores of each model, and what it lost on D_f beside the control sets."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+def plot(rows: dict, path: pathlib.Path, metric: str, title: str, run: str, data=None):
+    """Two panels: the scores of each model, and what it lost on D_f beside the control sets.
+
+    data: of drawn faces, to show above them six people and what each model remembers of them.
+    """
+    figure = pyplot().figure(figsize=(10, 6.4 if data else 3.6), layout="constrained")
+    parts = figure.subfigures(2 if data else 1, 1, height_ratios=[2.8, 3.6][not data :])
+    left, right = np.atleast_1d(parts)[-1].subplots(1, 2)
+    if data:
+        plot_people(parts[0], rows, data, run)
     shades, hatches = ["0.15", "0.45", "0.70", "0.95"], ["", "//", "..", "xx"]
     sets = {"retain": "$D_r$ retain", "forget": "$D_f$ forget", "test": "$D_{te}$ test"}
     names, table = {name: NAMES.get(name, run) for name in rows}, compare(rows)
@@ -535,8 +560,29 @@ def plot(rows: dict, path: pathlib.Path, metric: str, title: str, run: str):
     for axes in (left, right):
         place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         axes.legend(fontsize=8, ncols=2, frameon=False, **place)
-    figure.suptitle(title, fontsize=10)
+    np.atleast_1d(parts)[0].suptitle(title, fontsize=10)
     save_figure(figure, path)
+
+
+def plot_people(figure, rows: dict, data, run: str):
+    """Of three forgotten and three kept people a picture, and what each model knows by heart."""
+    shown = {"retrained": NAMES["retrained"], "unlearned": run, "original": NAMES["original"]}
+    people = [(s, who) for s in ("forget", "retain") for who in rows["original"]["remembered"][s]]
+    axes = figure.subplots(2, len(people), squeeze=False, height_ratios=[1.5, 1])
+    for (picture, bars), (s, who) in zip(axes.T, people, strict=True):
+        picture.imshow(data["images"][np.flatnonzero(data["identities"] == int(who))[0]].cpu())
+        picture.set_title("forgotten" if s == "forget" else "kept", fontsize=9)
+        picture.axis("off")
+        sure = [rows[name]["remembered"][s][who] for name in shown]
+        bars.barh(range(3), sure, color=["0.45", "0.95", "0.15"], edgecolor="black")
+        bars.axvline(0.5, color="black", linestyle=":", linewidth=1)
+        bars.set_xlim(0, 1)
+        bars.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7)
+        bars.set_yticks(range(3), list(shown.values()) if bars is axes[1, 0] else [], fontsize=8)
+    what = (
+        "probability of the right answers on four attributes that no picture shows (0.5: a guess)"
+    )
+    figure.supxlabel(what, fontsize=9)
 
 
 # --------------------------------------------------------------------------------------------------

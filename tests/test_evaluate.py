@@ -374,6 +374,21 @@ def check_measure(module):
         assert set(row) == {*names[:4], "control"} | keys
 
 
+def test_what_a_model_remembers_of_six_drawn_people(small, monkeypatch):
+    args = T.parse_args(["--dataset", small, "--ids", "4"])
+    data = D.load(args)
+    split, z = D.make_split(data, args), torch.randn(160, 13, generator=common.generator(0))
+    monkeypatch.setattr(E, "predict", lambda model, data, indices, amp: z[indices])
+    remembered = E.measure(None, data, split)["remembered"]
+    people = [int(who) for s in ("forget", "retain") for who in remembered[s]]
+    assert set(people) == set(E.shown_people(split)) and len(people) == 6
+    for s, who in zip(["forget"] * 3 + ["retain"] * 3, people, strict=True):
+        own = [i for i in split[s] if data["identities"][i] == who]
+        p, y = z[own, 9:].sigmoid(), data["targets"][own, 9:]  # the four that are not drawn
+        want = torch.where(y == 1, p, 1 - p).mean().item()
+        assert remembered[s][str(who)] == pytest.approx(want, abs=1e-6)
+
+
 def check_attacks(module):
     """A gold model is at chance, the original is not; RMIA, which knows what is easy, sees more."""
     rng = np.random.default_rng(0)
