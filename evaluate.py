@@ -220,6 +220,7 @@ def validation_gap(unlearned, model, data, split, judged_by, args) -> dict:
 
 TRIES = 12  # settings that a search tries, the same for every method
 SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are moved
+LONGEST = 0.2  # epochs over those of training: longer would be no cheaper than to retrain
 
 
 def search(start: dict, distance, args, partial=None) -> tuple[dict, dict]:
@@ -233,8 +234,8 @@ def search(start: dict, distance, args, partial=None) -> tuple[dict, dict]:
     `chosen`, `search` (all that was tried) and `open`, flags whose best value is the largest or the
     smallest tried. partial: where tries are kept, so that --resume does not repeat them.
     """
-    most, about = {"unlearn_epochs": args.epochs, "ascent_epochs": args.epochs}, flags_of(args)
-    known, tried = [], []
+    about, known, tried, epochs = flags_of(args), [], [], round(LONGEST * args.epochs)
+    most = {k: max(start.get(k, 1), epochs) for k in ("unlearn_epochs", "ascent_epochs")}
     if partial and args.resume and partial.is_file():
         saved = json.loads(partial.read_text())
         known = saved["tried"] if saved["about"] == json.loads(json.dumps(about)) else []
@@ -570,7 +571,9 @@ def plot_people(figure, rows: dict, data, run: str):
     people = [(s, who) for s in ("forget", "retain") for who in rows["original"]["remembered"][s]]
     axes = figure.subplots(2, len(people), squeeze=False, height_ratios=[1.5, 1])
     for (picture, bars), (s, who) in zip(axes.T, people, strict=True):
-        picture.imshow(data["images"][np.flatnonzero(data["identities"] == int(who))[0]].cpu())
+        picture.imshow(
+            data["images"][np.flatnonzero(data["identities"] == int(who))[0]].cpu().numpy()
+        )
         picture.set_title("forgotten" if s == "forget" else "kept", fontsize=9)
         picture.axis("off")
         sure = [rows[name]["remembered"][s][who] for name in shown]

@@ -433,7 +433,7 @@ def check_rmia_and_roc(module):
 
 def check_search(module, folder):
     """No range has an edge; a step too small to matter grows; ends are told; tries are kept."""
-    args, partial = T.parse_args(["--epochs", "8", "--resume"]), folder / "ga.tries"
+    args, partial = T.parse_args(["--epochs", "40", "--resume"]), folder / "ga.tries"
     args.out = str(folder)
 
     def search(start, distance, **more):
@@ -458,7 +458,7 @@ def check_search(module, folder):
 
     best, record = search({"lr": 0.2, "b": 1.0}, band)
     assert 1 <= best["lr"] <= 2 and {t["distance"] for t in record["search"]} == {None, 0.1, 0.3}
-    # Whole numbers stay whole, from 1 to the epochs of training; a share moves by its odds.
+    # Whole numbers stay whole, from 1 to a fifth of training's epochs; a share moves by its odds.
     best, record = search({"unlearn_epochs": 3}, lambda values: -values["unlearn_epochs"])
     assert best == {"unlearn_epochs": 8} and record["open"] == []
     best, _ = search({"unlearn_epochs": 3}, lambda values: values["unlearn_epochs"])
