@@ -976,4 +976,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

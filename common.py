@@ -8,12 +8,14 @@ import argparse
 import contextlib
 import copy
 import datetime
+import errno
 import json
 import os
 import pathlib
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,31 @@ def fail(message: str):
     """End with one line on stderr and exit code 2: the person can correct this, so no traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def guarded(main):
+    """Run a script's main; end in one line where the person, the disk or the memory stops it."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on where it can", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        raise SystemExit(141) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:120]
+        fail(f"not enough memory ({reason}); lower the batch, image or model size")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"the disk of {error.filename or 'the output'} is full; make room and start again")
 
 
 def flag_name(flag: str) -> str:
@@ -552,13 +579,21 @@ def tow(unlearned: dict, retrained: dict) -> float:
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Give a temporary path, renamed to path when the block succeeds, and deleted when not."""
+    """Give a temporary path, renamed to path when the block succeeds, and deleted when not.
+
+    Raises OSError with the path's name where the disk is full; writers do not name the file.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save at a full disk
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        if full or shutil.disk_usage(path.parent).free < 2**20:
+            raise OSError(errno.ENOSPC, "the disk is full", str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -743,7 +743,7 @@ def make_split(data: dict, args) -> dict:
         split = identity_split(data, args.ids, args.split_seed, args.held_out)
     else:
         split = random_split(data, args)
-    return shortened(split) if args.dry_run else split
+    return shortened(data, split) if args.dry_run else split
 
 
 def setting(args) -> str:
@@ -762,9 +762,13 @@ def reachable(split: dict, rho: float, split_seed: int) -> list[int]:
     return np.sort(order[: round(rho * len(order))]).tolist()
 
 
-def shortened(split: dict) -> dict:
-    """The same split with at most 64 images in D_r, D_v and D_te: enough for a dry run."""
-    return split | {name: split[name][:64] for name in ("retain", "val", "test")}
+def shortened(data: dict, split: dict) -> dict:
+    """The same split with 64 images in each part, in D_f one of each person at least: a dry run."""
+    forget, people = np.array(split["forget"]), split.get("forget_ids", [0])
+    owner = data["identities"][forget] if "forget_ids" in split else 0 * forget
+    own = [forget[owner == i][: max(1, 64 // len(people))] for i in people]
+    short = {name: split[name][:64] for name in ("retain", "val", "test")}
+    return split | short | {"forget": np.sort(np.concatenate(own)).tolist()}
 
 
 def control_sets(data: dict, split: dict, seen=(), sets=20) -> list[np.ndarray]:
@@ -964,4 +968,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

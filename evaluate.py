@@ -1307,4 +1307,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

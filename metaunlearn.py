@@ -697,4 +697,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

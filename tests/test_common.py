@@ -4,6 +4,8 @@ python -m pytest tests/test_common.py
 """
 
 import ast
+import contextlib
+import errno
 import functools
 import importlib
 import inspect
@@ -14,6 +16,7 @@ import pathlib
 import pickle
 import re
 import runpy
+import subprocess
 import sys
 import types
 
@@ -383,6 +386,54 @@ def test_wrong_flag_ends_in_one_line(argv, capsys):
     assert all(word in line for word in argv.split()[1:])
 
 
+def stop(error, path=None):
+    with common.atomic_write(path) if path else contextlib.nullcontext():
+        raise error
+
+
+STOPS = {  # what stops a script: exit code, the one line
+    KeyboardInterrupt(): (130, "stopped; the same command with --resume"),
+    MemoryError("800 GiB"): (2, "error: not enough memory (800 GiB)"),
+    RuntimeError("can't allocate memory"): (2, "error: not enough memory"),
+    OSError(errno.ENOSPC, "full"): (2, "error: the disk of the output is full"),
+}
+
+
+@pytest.mark.parametrize("error", STOPS, ids=repr)
+def test_what_stops_a_script_ends_in_one_line(error, capsys):
+    with pytest.raises(SystemExit) as end:
+        common.guarded(functools.partial(stop, error))
+    code, words = STOPS[error]
+    line = capsys.readouterr().err
+    assert end.value.code == code and line.startswith(words) and line.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a mistake"):  # the code's own keep their traceback
+        common.guarded(functools.partial(stop, RuntimeError("a mistake")))
+
+
+def test_a_full_disk_is_named_by_its_file(tmp_path, capsys, monkeypatch):
+    """As torch.save reports it, too; another error stays itself; nothing half-written is left."""
+    path, other = tmp_path / "phi.pt", RuntimeError("unexpected pos 576 vs 534")
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        stop(other, path)
+    full = OSError(errno.ENOSPC, "no room")
+    refused(capsys, str(path), common.guarded, functools.partial(stop, full, path))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=0))
+    refused(capsys, str(path), common.guarded, functools.partial(stop, other, path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_closed_pipe_and_an_ascii_terminal_are_no_errors():
+    """`| head` ends quietly; \xb1 is written as Python spells it."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; "
+    code += "common.guarded(lambda: [print('\\xb1' * 999) for _ in range(999)])"
+    pipe, env = subprocess.PIPE, os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, env=env)
+    assert run.stdout.read(4) == b"\\xb1"
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 141
+    run.stderr.close()
+
+
 def test_a_range_reads_as_one_says_it(capsys):
     refused(capsys, "1.5 must be above 0 and at most 1", parse, "--share 1.5")
     refused(capsys, "1 must be above 0 and below 1", parse, "--forget-ratio 1")
@@ -426,6 +477,7 @@ def test_imports_and_what_no_script_may_hold(script):
     """Arrows point one way; no .cuda(), bare except or unsafe load; slow imports not at the top."""
     text = (ROOT / f"{script}.py").read_text()
     assert not re.search(r"\.cuda\(|except:|import \*|weights_only=False", text)
+    assert script == "common" or text.endswith("\n    common.guarded(main)\n")
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):

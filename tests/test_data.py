@@ -187,6 +187,21 @@ def test_control_sets_are_whole_retained_people():
     assert len({str(s.tolist()) for s in many}) == 20
 
 
+def test_dry_run_is_short_and_keeps_everyone(small):
+    """At most 64 images in each part, of D_f some of each person; more people give one each."""
+    for ids in (5, 20, 100):
+        args = data.parse_args(["--dataset", small, "--ids", str(ids), "--dry-run"])
+        d = made(np.arange(4000) % 250)
+        short, whole = data.make_split(d, args), data.identity_split(d, ids, 0)
+        assert all(len(short[name]) == 64 for name in ("retain", "val", "test"))
+        assert len(short["forget"]) == max(ids, 64 // ids * ids)
+        assert short["forget"] == sorted(short["forget"]) and set(short["forget"]) < {
+            *whole["forget"]
+        }
+        assert set(d["identities"][short["forget"]]) == set(short["forget_ids"])
+        assert short["support"] == whole["support"] and len(data.control_sets(d, short)) == 20
+
+
 TOY = data.draw_toyfaces(identities=80, images_each=6, size=32)
 
 
@@ -507,7 +522,7 @@ def test_second_load_decodes_nothing(tmp_path):
 
 @pytest.mark.parametrize("tree", TREES)
 def test_changed_sources_are_prepared_again(tree, tmp_path):
-    """An annotation by its content alone, a picture by its size or time; a new date is no change."""
+    """A text counts by its content alone, a picture by its size and its time."""
     (make, pictures), args = TREES[tree], args_of(tree.split()[0], tmp_path)
     names, _ = make(tmp_path)
     table, digests = next(tmp_path.glob("*/*att*.txt")), [data.load(args)["digest"]]

@@ -52,6 +52,8 @@ def test_random_split_holds_every_image_once():
         is_test = np.arange(600) % 4 == 1  # the publisher's test set stays the test set
         test = split(made(is_test=is_test), "--split-seed", str(seed))["test"]
         assert test == np.flatnonzero(is_test).tolist()
+    dry = D.make_split(data, arguments("--dry-run", "--forget-ratio", "0.5"))
+    assert [len(dry[name]) for name in SETS] == [64, 64, 44, 64]
     short, whole = split(data, "--train-images", "200"), split(data)
     assert sum(len(short[name]) for name in SETS[:3]) == 200 and short["test"] == whole["test"]
 
