@@ -25,7 +25,9 @@ Where the paper is silent, or its authors' code differs, a preset decides:
                         of h_phi starts at 0, so that the first update is exactly 0.
     --preset code       The authors' code: smooth-L1 distance in A; no gradient through
                         L_task(D_v; theta_u); A averaged over pairs of 64 images of D_f and D_v;
-                        cls_token and pos_embed stay; the last layer of h_phi starts at random.
+                        cls_token and pos_embed stay; the last layer of h_phi starts at random, the
+                        others have 512 units and dropout; its cosine goes down once an epoch; S is
+                        run in float32 where the rest is in bf16.
     --preset selective  Ours: A is the second term of Eq. (8) without 1 - mAP, and 0.3 times what
                         retained people lose, of which no term of Eq. (8) speaks. h_phi sees losses,
                         logits and targets, and a step size of each parameter is learned too.
@@ -68,15 +70,15 @@ from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 # What --dataset and --preset bring along; a flag on the command line wins. Values: authors' code.
-_FACES = dict(hidden=512, dropout=0.5, alpha=1e-4, meta_epochs=3, meta_batch_size=64)
+_FACES = dict(hidden=512, dropout=0.5, alpha=1e-4, meta_batch_size=64)
 _DATASETS = {"celebahq": _FACES, "celeba": _FACES, "qmnist": dict(meta_epochs=1)}
 _SELECTIVE = dict(inputs="logits,targets,losses", aux_loss="second", accuracy_weight=False)
 _SELECTIVE |= dict(retain_weight=0.3, alpha_step=0.3)
-_PRESETS = {"paper": {}, "code": {}, "selective": _SELECTIVE}
+_CODE = dict(hidden=512, dropout=0.5, alpha=1e-4)
+_PRESETS = {"paper": {}, "code": _CODE, "selective": _SELECTIVE}
 PRESETS = {name: own | _DATASETS.get(name, {}) for name, own in TRAINING_PRESETS.items()} | _PRESETS
 # One epoch has 12 requests here, and 187 with CelebA-HQ/20.
 PRESETS["toyfaces", "selective"] = dict(meta_epochs=12)
-PRESETS["toyfaces", "code"] = dict(alpha=1e-4)
 PAIR = 64  # images of D_f, and of D_v, in each pair of batches of the authors' code
 
 # --------------------------------------------------------------------------------------------------
@@ -161,6 +163,12 @@ def model_function(model: nn.Module, amp=False):
         return features.to(keep), logits.to(keep)
 
     return f
+
+
+def f_and_theta(model: nn.Module, args) -> tuple:
+    """f, which runs S, and theta, which Eq. (4) moves; --preset code never runs S in bf16."""
+    code = args.preset == "code"
+    return model_function(model, args.amp and not code), updatable(model, code)
 
 
 def inner_step(theta: dict, gradient, eta) -> dict:
@@ -380,7 +388,7 @@ def new_meta_loss(model, data, split, args) -> MetaLoss:
 def request_gradient(h_phi, model, request, data, split, original, args, rng) -> tuple:
     """A and grad_phi A of one simulated request (support, forget). Source: Alg. 1 lines 9-15."""
     support, forget = request
-    f, theta = model_function(model, args.amp), updatable(model, args.preset == "code")
+    (f_S, theta), f = f_and_theta(model, args), model_function(model, args.amp)
     sets = request_sets(split, support, forget, args, rng)
     S = support_batch(data, split["train_ids"], support)
 
@@ -388,7 +396,7 @@ def request_gradient(h_phi, model, request, data, split, original, args, rng) ->
         return auxiliary(f, theta_u, sets, data, original, args)
 
     way = meta_gradient_double if args.hypergradient == "double" else meta_gradient
-    return way(h_phi, f, A, theta, S, args.eta)
+    return way(h_phi, f_S, A, theta, S, args.eta)
 
 
 def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args) -> list[float]:
@@ -415,11 +423,20 @@ def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args)
             if world > 1:
                 torch.distributed.all_reduce(t)
             p.grad = t / len(batch)
-        done = (epoch * steps + step) / (epochs * steps)
+        at = epoch * steps + (0 if args.preset == "code" else step)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * at / (epochs * steps)))
         optimizer.step()  # Alg. 1, line 16
     return values
+
+
+def warn_of_vanishing_weights(model, data, split, args):
+    """Say so where D_f is memorised: Eq. (6) then multiplies its loss in A by next to nothing."""
+    logits = predict(model, data, split["forget"], args.amp)
+    error = 1 - score(logits, data["targets"][split["forget"]])
+    if args.accuracy_weight and args.aux_loss != "scrub" and error < 0.05:
+        advice = "see --no-accuracy-weight"
+        say(f"warning: 1 - mAP of D_f is {error:.3f}, so Eq. (6) all but drops its loss; {advice}")
 
 
 def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
@@ -443,6 +460,7 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
         optimizer.load_state_dict(saved["optimizer"])
         first, begin = saved["epoch"] + 1, begin - saved["seconds"]
         say(f"meta-loss: resuming after epoch {first}")
+    warn_of_vanishing_weights(model, data, split, args)
     original = original_outputs(model, data, split, args)
     epochs = 1 if args.dry_run else args.meta_epochs
     for epoch in range(first, epochs):
@@ -552,7 +570,7 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     else:
         h_phi, seconds["meta_train"] = meta_train(model, data, split, args, path)
 
-    f, theta = model_function(model, args.amp), updatable(model, args.preset == "code")
+    f, theta = f_and_theta(model, args)
     S = support_batch(data, split["train_ids"], split["support"])
     begin = common.clock(data["device"])
     theta_u = unlearn(h_phi, f, theta, S, args.eta)

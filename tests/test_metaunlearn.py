@@ -351,6 +351,57 @@ def test_request_sets(small):
     assert sorted(whole.sets[0]["v"]) == whole.split["val"]
 
 
+def test_preset_code_is_the_authors_code_on_every_data_set():
+    """Width and dropout of h_phi, alpha, epochs (their config); S in float32 is tested below."""
+    for dataset in ("toyfaces", "celebahq", "own/pair"):
+        args = M.parse_args(["--dataset", dataset, "--preset", "code"])
+        assert (args.hidden, args.dropout, args.alpha, args.meta_epochs) == (512, 0.5, 1e-4, 3)
+    assert M.parse_args(["--preset", "code", "--hidden", "7"]).hidden == 7
+
+
+@pytest.mark.parametrize("preset", ["paper", "code"])
+def test_autocast_and_cosine(small, preset, monkeypatch):
+    """--preset code: S in float32 and D_f in bf16, and alpha times 1, 0.75, 0.25 in its epochs."""
+    code, runs, rates = preset == "code", set(), []
+    p = problem(small, "--preset", preset, "--ids", "6", dtype=torch.float32)
+    p.args.amp = True
+
+    def watch(net, images):
+        runs.add((len(images[0]), torch.is_autocast_enabled("cpu")))
+
+    hook = p.net.register_forward_pre_hook(watch)
+    gradient(p)
+    n_s, others = len(p.S[0]), {(len(part[name]), True) for part in p.sets for name in "fv"}
+    assert runs == {(n_s, not code)} | others and n_s not in dict(others)
+    hook.remove()
+    f, theta = M.f_and_theta(p.net, p.args)
+    assert torch.equal(f(theta, p.S[0])[0], p.net(p.S[0])[0]) == code
+    optimizer = torch.optim.SGD([{"params": p.h.parameters(), "peak": 1.0}], 1.0)
+
+    def none(*arguments):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 0.0, [torch.zeros_like(q) for q in p.h.parameters()]
+
+    monkeypatch.setattr(M, "request_gradient", none)
+    for epoch in range(3):
+        M.meta_epoch(p.h, optimizer, p.net, p.data, p.split, None, epoch, p.args)
+    n = len(rates) // 3  # each request sees the rate of the step before it
+    done = [epoch / 3 + (0 if code else step / n / 3) for epoch in range(3) for step in range(n)]
+    expected = [0.5 * (1 + math.cos(math.pi * x)) for x in done]
+    assert n > 1 and rates[1:] == pytest.approx(expected[:-1])
+
+
+def test_a_memorised_forget_set_is_said(small, capsys, monkeypatch):
+    """Where the logits of D_f make no mistake, and Eq. (6) is in use: one line."""
+    p = problem(small, dtype=torch.float32)
+    y = p.data["targets"][p.split["forget"]]
+    for logits, weight, said in ((y, True, 1), (y, False, 0), (-y, True, 0)):
+        monkeypatch.setattr(M, "predict", lambda *a, logits=logits: logits)
+        p.args.accuracy_weight = weight
+        M.warn_of_vanishing_weights(p.net, p.data, p.split, p.args)
+        assert capsys.readouterr().out.count("warning: 1 - mAP of D_f is 0.000") == said
+
+
 def test_meta_training_reads_what_access_says(small):
     """Training and validation images; never the Support set of the real request or a test image."""
     p = problem(small, "--retain-weight", "1", dtype=torch.float32)
