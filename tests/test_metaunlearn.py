@@ -615,7 +615,7 @@ def test_unlearning_later_needs_pictures_labels_and_the_meta_loss(trained, tmp_p
     M.main(["--meta-loss", str(trained.meta), *S, *to])
     now, later = (common.load_checkpoint(file, "model")["model"] for file in files)
     assert all(torch.allclose(now[k], later[k], atol=1e-6) for k in now)
-    theta = common.load_checkpoint(trained.meta, "meta-loss")["theta"]
+    theta = common.load_checkpoint(trained.meta, "meta-loss")["model"]
     assert any(not torch.equal(later[k], t) for k, t in theta.items())
 
 
