@@ -609,9 +609,14 @@ def remove_leftovers(folder):
 
 
 def check_writable(*folders, file=None):
-    """Fail before the training, not after it, where a folder or --save's file cannot be written."""
+    """Fail before the training, not after it, where a folder or --save's file cannot be written.
+
+    Nor may --save replace anything but an earlier unlearned model: what it names may be in use.
+    """
     if file and pathlib.Path(file).is_dir():
         fail(f"--save {file} is a folder; name a file")
+    if file and pathlib.Path(file).exists() and read_checkpoint(file).get("which") != "unlearned":
+        fail(f"--save {file} would replace a file that is no unlearned model; name another file")
     for folder in [*folders, *([pathlib.Path(file).parent] if file else [])]:
         try:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -630,28 +635,70 @@ def save_checkpoint(path, **content):
         torch.save(content, temporary)
 
 
-def load_checkpoint(path, kind: str, **expected) -> dict:
-    """Load a checkpoint with weights_only=True and check what it is.
-
-    kind names its role (model, meta-loss); each keyword must equal the saved value. Raises
-    SystemExit(2) with one line for a missing file, a file that is no checkpoint, and one of another
-    split, model or recipe.
-    """
-    if not pathlib.Path(path).is_file():
-        fail(f"no {kind} at {path}")
+def read_checkpoint(path) -> dict:
+    """What is in a checkpoint of any kind, read with weights_only=True; see load_checkpoint."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a text, a truncated zip, a pickle that would run code: each differs
         fail(f"{path} is no checkpoint that can be loaded safely; delete it or name another file")
-    if not isinstance(content, dict) or content.get("kind") != kind:
+    return content if isinstance(content, dict) else {}
+
+
+def load_checkpoint(path, *kinds: str, **expected) -> dict:
+    """Load a checkpoint and check what it is.
+
+    kinds: its role (model, meta-loss), or several that will do; each keyword must equal the saved
+    value. Raises SystemExit(2) with one line for a missing file, a file that is no checkpoint, one
+    of another split, model or recipe, and one with a tensor that is not finite.
+    """
+    kind = " or ".join(kinds)
+    if not pathlib.Path(path).is_file():
+        fail(f"no {kind} at {path}")
+    content = read_checkpoint(path)
+    if content.get("kind") not in kinds:
         fail(f"{path} is no {kind} checkpoint of this project")
-    for key, value in expected.items():
-        if content.get(key) != value:
-            fail(
-                f"{path} was made with {key} {content.get(key)!r}, this run has {value!r}; "
-                "use the same flags, or another --checkpoint-dir"
-            )
+    with reading(path):  # a tensor where a number should be cannot be compared
+        for key, value in expected.items():
+            if content.get(key) != value:
+                fail(
+                    f"{path} was made with {key} {content.get(key)!r}, this run has {value!r}; "
+                    "use the same flags, or another --checkpoint-dir"
+                )
+    for state in content.values():
+        tensors = state.values() if isinstance(state, dict) else []
+        if not all(torch.isfinite(t).all() for t in tensors if isinstance(t, Tensor)):
+            fail(f"{path} holds numbers that are not finite; delete it or name another file")
     return content
+
+
+@contextlib.contextmanager
+def reading(path):
+    """End with one line, not a traceback, where an entry of the checkpoint at path is no good."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        fail(f"{path} is damaged or of another version ({reason}); delete it or name another file")
+
+
+def load_model(path) -> tuple[Net, dict]:
+    """A model of this project, ready to use, and what its checkpoint says of it.
+
+    path: a checkpoint of an original, gold or unlearned model, or a meta-loss, which holds the
+    original. Each is a dictionary with `kind` (model or meta-loss), `model` (the state_dict),
+    `which` (original, gold or unlearned), `architecture`, `image_size`, `target_names` and `split`
+    (a hash; not with --support); original and gold add `indices` (the split), the recipe, `seed`,
+    `seconds` and `best` (the validation score); a meta-loss adds `phi` and what it was made with.
+    Returns (model in eval mode on the CPU, {which, architecture, image_size, target_names}).
+    """
+    saved = load_checkpoint(path, "model", "meta-loss")
+    with reading(path):
+        keys = ("which", "architecture", "image_size", "target_names")
+        about = {key: saved[key] for key in keys}
+        outputs = len(about["target_names"])
+        model = build_model(about["architecture"], outputs, about["image_size"])
+        model.load_state_dict(saved["model"])
+    return model.eval(), about
 
 
 def write_json(path, content: dict):

@@ -25,7 +25,9 @@ Where the paper is silent, or its authors' code differs, a preset decides:
                         of h_phi starts at 0, so that the first update is exactly 0.
     --preset code       The authors' code: smooth-L1 distance in A; no gradient through
                         L_task(D_v; theta_u); A averaged over pairs of 64 images of D_f and D_v;
-                        cls_token and pos_embed stay; the last layer of h_phi starts at random.
+                        cls_token and pos_embed stay; the last layer of h_phi starts at random, the
+                        others have 512 units and dropout; its cosine goes down once an epoch; S is
+                        run in float32 where the rest is in bf16.
     --preset selective  Ours: A is the second term of Eq. (8) without 1 - mAP, and 0.3 times what
                         retained people lose, of which no term of Eq. (8) speaks. h_phi sees losses,
                         logits and targets, and a step size of each parameter is learned too.
@@ -68,15 +70,15 @@ from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 # What --dataset and --preset bring along; a flag on the command line wins. Values: authors' code.
-_FACES = dict(hidden=512, dropout=0.5, alpha=1e-4, meta_epochs=3, meta_batch_size=64)
+_FACES = dict(hidden=512, dropout=0.5, alpha=1e-4, meta_batch_size=64)
 _DATASETS = {"celebahq": _FACES, "celeba": _FACES, "qmnist": dict(meta_epochs=1)}
 _SELECTIVE = dict(inputs="logits,targets,losses", aux_loss="second", accuracy_weight=False)
 _SELECTIVE |= dict(retain_weight=0.3, alpha_step=0.3)
-_PRESETS = {"paper": {}, "code": {}, "selective": _SELECTIVE}
+_CODE = dict(hidden=512, dropout=0.5, alpha=1e-4)
+_PRESETS = {"paper": {}, "code": _CODE, "selective": _SELECTIVE}
 PRESETS = {name: own | _DATASETS.get(name, {}) for name, own in TRAINING_PRESETS.items()} | _PRESETS
 # One epoch has 12 requests here, and 187 with CelebA-HQ/20.
 PRESETS["toyfaces", "selective"] = dict(meta_epochs=12)
-PRESETS["toyfaces", "code"] = dict(alpha=1e-4)
 PAIR = 64  # images of D_f, and of D_v, in each pair of batches of the authors' code
 
 # --------------------------------------------------------------------------------------------------
@@ -161,6 +163,12 @@ def model_function(model: nn.Module, amp=False):
         return features.to(keep), logits.to(keep)
 
     return f
+
+
+def f_and_theta(model: nn.Module, args) -> tuple:
+    """f, which runs S, and theta, which Eq. (4) moves; --preset code never runs S in bf16."""
+    code = args.preset == "code"
+    return model_function(model, args.amp and not code), updatable(model, code)
 
 
 def inner_step(theta: dict, gradient, eta) -> dict:
@@ -380,7 +388,7 @@ def new_meta_loss(model, data, split, args) -> MetaLoss:
 def request_gradient(h_phi, model, request, data, split, original, args, rng) -> tuple:
     """A and grad_phi A of one simulated request (support, forget). Source: Alg. 1 lines 9-15."""
     support, forget = request
-    f, theta = model_function(model, args.amp), updatable(model, args.preset == "code")
+    (f_S, theta), f = f_and_theta(model, args), model_function(model, args.amp)
     sets = request_sets(split, support, forget, args, rng)
     S = support_batch(data, split["train_ids"], support)
 
@@ -388,7 +396,7 @@ def request_gradient(h_phi, model, request, data, split, original, args, rng) ->
         return auxiliary(f, theta_u, sets, data, original, args)
 
     way = meta_gradient_double if args.hypergradient == "double" else meta_gradient
-    return way(h_phi, f, A, theta, S, args.eta)
+    return way(h_phi, f_S, A, theta, S, args.eta)
 
 
 def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args) -> list[float]:
@@ -415,18 +423,27 @@ def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args)
             if world > 1:
                 torch.distributed.all_reduce(t)
             p.grad = t / len(batch)
-        done = (epoch * steps + step) / (epochs * steps)
+        at = epoch * steps + (0 if args.preset == "code" else step)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * at / (epochs * steps)))
         optimizer.step()  # Alg. 1, line 16
     return values
+
+
+def warn_of_vanishing_weights(model, data, split, args):
+    """Say so where D_f is memorised: Eq. (6) then multiplies its loss in A by next to nothing."""
+    logits = predict(model, data, split["forget"], args.amp)
+    error = 1 - score(logits, data["targets"][split["forget"]])
+    if args.accuracy_weight and args.aux_loss != "scrub" and error < 0.05:
+        advice = "see --no-accuracy-weight"
+        say(f"warning: 1 - mAP of D_f is {error:.3f}, so Eq. (6) all but drops its loss; {advice}")
 
 
 def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
     """Alg. 1 lines 8-17; theta never changes. Returns h_phi and the seconds that it took.
 
-    Saves phi at path, and once a minute what --resume needs, after an epoch. Raises SystemExit(2) when phi is no
-    longer finite.
+    Saves phi at path, and what --resume needs after an epoch, once a minute. Raises SystemExit(2)
+    when phi is no longer finite.
     """
     device, rank = data["device"], rank_and_world()[0]
     begin = saved_at = common.clock(device)
@@ -439,18 +456,22 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
     partial, first = path.with_suffix(".partial.pt"), 0
     if args.resume and partial.is_file():
         saved = load_checkpoint(partial, "partial meta-loss", **content)
-        h_phi.load_state_dict(saved["phi"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, begin = saved["epoch"] + 1, begin - saved["seconds"]
+        with common.reading(partial):
+            h_phi.load_state_dict(saved["phi"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first, begin = saved["epoch"] + 1, begin - saved["seconds"]
         say(f"meta-loss: resuming after epoch {first}")
+    warn_of_vanishing_weights(model, data, split, args)
     original = original_outputs(model, data, split, args)
     epochs = 1 if args.dry_run else args.meta_epochs
     for epoch in range(first, epochs):
         epoch_began = common.clock(device)
         A = meta_epoch(h_phi, optimizer, model, data, split, original, epoch, args)
         if not all(torch.isfinite(p).all() for p in h_phi.parameters()):
-            advice = f"lower --alpha ({args.alpha}) or --eta ({args.eta})"
-            fail(f"the meta-loss is not finite in epoch {epoch + 1}; {advice}")
+            steps = (
+                f"--alpha ({args.alpha}), --alpha-step ({args.alpha_step}) or --eta ({args.eta})"
+            )
+            fail(f"the meta-loss is not finite in epoch {epoch + 1}; lower {steps}")
         now = common.clock(device)
         took = now - epoch_began
         say(
@@ -464,7 +485,7 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
             saved_at = now
     seconds = common.clock(device) - begin
     if rank == 0:
-        state = dict(phi=h_phi.state_dict(), theta=model.state_dict(), seconds=seconds)
+        state = dict(phi=h_phi.state_dict(), model=model.state_dict(), seconds=seconds)
         save_checkpoint(path, kind="meta-loss", **state, **content)
         partial.unlink(missing_ok=True)
     common.wait_for_all()
@@ -478,64 +499,73 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
 META_FLAGS = ("preset", "inputs", "hidden", "dropout", "eta", "alpha", "alpha_step", "meta_epochs")
 META_FLAGS += ("meta_ids", "requests_per_step", "aux_loss", "accuracy_weight", "val_images")
 META_FLAGS += ("retain_weight", "retain_images")
+SUPPORT_FLAGS = ("meta_loss", "support", "save", "overwrite", "device", "amp")
 
 
 def meta_loss_content(data, split, args) -> dict:
     """What a meta-loss file says of itself: enough to unlearn with no other file at hand."""
-    content = {"split": split["hash"], "seed": args.seed, "model": args.model}
-    content |= {"image_size": args.image_size, "train_ids": split["train_ids"]}
+    content = {"split": split["hash"], "seed": args.seed, "which": "original"}
+    content |= {"architecture": args.model, "image_size": args.image_size}
     content |= {"target_names": [str(name) for name in data["target_names"]]}
-    content |= {"multilabel": data["targets"].ndim == 2}
+    content |= {"train_ids": split["train_ids"], "multilabel": data["targets"].ndim == 2}
     return content | {flag: getattr(args, flag) for flag in META_FLAGS}
 
 
-def load_meta_loss(path, model, data, split, args) -> MetaLoss:
-    """The meta-loss of a file that was made for these very weights, with the same flags."""
+def earlier_meta_loss(path, data, split, args) -> dict | None:
+    """The content of the file at path, checked before anything is trained; None: to be learned."""
     expected = meta_loss_content(data, split, args)
     if args.meta_loss:  # one of another seed may be used
         del expected["seed"]
-    saved = load_checkpoint(path, "meta-loss", **expected)
-    if any(not torch.equal(t.cpu(), saved["theta"][k]) for k, t in model.state_dict().items()):
+    elif args.overwrite or not path.is_file():
+        return None
+    return load_checkpoint(path, "meta-loss", **expected)
+
+
+def restore_meta_loss(saved: dict, path, model, data, split, args) -> tuple[MetaLoss, float]:
+    """h_phi of a file that was made for these very weights, and the seconds that it took."""
+    with common.reading(path):
+        h_phi = new_meta_loss(model, data, split, args)
+        same = [torch.equal(t.cpu(), saved["model"][k]) for k, t in model.state_dict().items()]
+        h_phi.load_state_dict(saved["phi"])
+        seconds = float(saved["seconds"])
+    if not all(same):
         original = checkpoint_folder(args) / f"original-seed{args.seed}.pt"
         fail(f"{path} was learned for other weights than {original}; delete one of them")
-    h_phi = new_meta_loss(model, data, split, args)
-    h_phi.load_state_dict(saved["phi"])
     say(f"meta-loss: loaded {path}")
-    return h_phi.eval()
+    return h_phi.eval(), seconds
 
 
-def unlearn_from_files(args, device):
+def unlearn_from_files(saved: dict, args, device):
     """--meta-loss FILE --support DIR: unlearning with no data set, no split, no training code."""
-    saved = load_checkpoint(args.meta_loss, "meta-loss")
     target = args.save or args.meta_loss.removesuffix(".meta.pt") + "-unlearned.pt"
+    if not args.save and not args.overwrite and pathlib.Path(target).exists():
+        fail(f"{target} is there, of an earlier request; add --save FILE, or --overwrite")
     common.check_writable(file=target)
-    names, multilabel, size = (saved[key] for key in ("target_names", "multilabel", "image_size"))
-    model = common.build_model(saved["model"], len(names), size).to(device).eval()
-    model.load_state_dict(saved["theta"])
-    theta, shape = updatable(model, saved["preset"] == "code"), (len(names), model.width)
-    learned = theta if saved["alpha_step"] else None
-    layers = dict(hidden=saved["hidden"], multilabel=multilabel, theta=learned)
-    h_phi = MetaLoss(saved["inputs"].split(","), *shape, len(saved["train_ids"]), **layers)
-    h_phi.load_state_dict(saved["phi"])
+    model, about = common.load_model(args.meta_loss)
+    names, size = about["target_names"], about["image_size"]
+    with common.reading(args.meta_loss):
+        row_of = {identity: i for i, identity in enumerate(saved["train_ids"])}
+        multilabel = bool(saved["multilabel"])
     images, targets, people = read_pictures(args.support, names, multilabel, size)
-    row_of = {identity: i for i, identity in enumerate(saved["train_ids"])}
+    data = {"targets": targets, "classes": len(names), "device": device}
+    # The file itself says, as a split would, who was trained on.
+    h_phi, _ = restore_meta_loss(saved, args.meta_loss, model.to(device), data, saved, args)
     strangers = [identity for identity in people if identity not in row_of]
-    if strangers and "ids" in saved["inputs"].split(","):
+    if strangers and "ids" in h_phi.inputs:
         fail(
             f"identity {strangers[0]} was not in training, and this meta-loss looks identities up; "
             "meta-train with --inputs logits,features,targets"
         )
     who = torch.tensor([row_of.get(identity, 0) for identity in people])
     S = tuple(t.to(device) for t in (images, targets, who))
-    f = model_function(model, args.amp)
-    changed = with_parameters(model, unlearn(h_phi.to(device), f, theta, S, saved["eta"]))
+    changed = with_parameters(model, unlearn(h_phi, *f_and_theta(model, args), S, args.eta))
     with torch.no_grad():
         before, after = (task_losses(m(S[0])[1], S[1]).mean().item() for m in (model, changed))
-    content = dict(architecture=saved["model"], image_size=size, target_names=names)
-    save_checkpoint(target, kind="model", which="unlearned", model=changed.state_dict(), **content)
+    content = about | {"which": "unlearned", "model": changed.state_dict()}
+    save_checkpoint(target, kind="model", **content)
     say(
-        f"unlearned {len(images)} people: task loss on their pictures {before:.3f} -> {after:.3f}; "
-        f"model written to {target}"
+        f"people unlearned: {len(set(people))}; task loss on their pictures {before:.3f} -> "
+        f"{after:.3f}; model written to {target}"
     )
 
 
@@ -545,14 +575,17 @@ def unlearn_from_files(args, device):
 
 def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None:
     """Train the two models and h_phi, or load them; unlearn the real S; measure, and report."""
+    own = checkpoint_folder(args) / f"{name}-seed{args.seed}.meta.pt"
+    path = pathlib.Path(args.meta_loss or own)
+    saved = earlier_meta_loss(path, data, split, args)
     model, gold, seconds = train_both(data, split, args)
-    path = checkpoint_folder(args) / f"{name}-seed{args.seed}.meta.pt"
-    if args.meta_loss or (path.is_file() and not args.overwrite):
-        h_phi = load_meta_loss(args.meta_loss or path, model, data, split, args)
+    if saved:
+        h_phi, took = restore_meta_loss(saved, path, model, data, split, args)
     else:
-        h_phi, seconds["meta_train"] = meta_train(model, data, split, args, path)
+        h_phi, took = meta_train(model, data, split, args, path)
+    seconds["meta_train"] = took
 
-    f, theta = model_function(model, args.amp), updatable(model, args.preset == "code")
+    f, theta = f_and_theta(model, args)
     S = support_batch(data, split["train_ids"], split["support"])
     begin = common.clock(data["device"])
     theta_u = unlearn(h_phi, f, theta, S, args.eta)
@@ -575,7 +608,7 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
     access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}
     more = dict(simulated_tow=simulated, ascent_step=ascent_step)
-    say(f"meta-loss: {args.meta_loss or path}")
+    say(f"meta-loss: {path}")
     if rank_and_world()[0] > 0:  # the first process writes
         return None
     about = name, models["unlearned"], rows, seconds, access, flags, data, split, args
@@ -633,7 +666,8 @@ def parse_args(argv=None):
     add_recipe_arguments(parser)
     args = common.parse_with_presets(parser, PRESETS, argv)
     if args.forget != "identities":
-        fail(f"METAUNLEARN forgets identities, not --forget {args.forget}; see ltu.py")
+        what = f"--forget {args.forget} of --dataset {args.dataset}"
+        fail(f"METAUNLEARN forgets identities, not {what}; see ltu.py")
     if args.requests_per_step % world:
         fail(f"--requests-per-step {args.requests_per_step} is no multiple of {world} processes")
     if args.support and not args.meta_loss:
@@ -655,18 +689,24 @@ def input_names(text: str) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
-    typed = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    typed = {word.replace("--no-", "--") for word in words if word.startswith("--")}
     device = common.choose_device(args)
     if args.check_gradient and device.type == "mps":
         device = torch.device("cpu")  # MPS has no float64
     if args.meta_loss:
         saved = load_checkpoint(args.meta_loss, "meta-loss")
-        for flag in META_FLAGS:
-            if common.flag_name(flag) in typed and saved[flag] != getattr(args, flag):
-                fail(f"{args.meta_loss} was made with {common.flag_name(flag)} {saved[flag]}")
-        vars(args).update({flag: saved[flag] for flag in META_FLAGS})
+        with common.reading(args.meta_loss):
+            made_with = {flag: saved[flag] for flag in META_FLAGS} | {"eta": float(saved["eta"])}
+        for flag, value in made_with.items():
+            if common.flag_name(flag) in typed and value != getattr(args, flag):
+                fail(f"{args.meta_loss} was made with {common.flag_name(flag)} {value}")
+        vars(args).update(made_with)
     if args.support:
-        return unlearn_from_files(args, device)
+        known = {common.flag_name(flag) for flag in (*META_FLAGS, *SUPPORT_FLAGS)}
+        for flag in sorted(typed - known):
+            fail(f"{flag} does nothing beside --support; leave it out")
+        return unlearn_from_files(saved, args, device)
     folders = [args.checkpoint_dir, args.out, args.export_support]
     common.check_writable(*filter(None, folders), file=args.save)
     flags, label = evaluate.flags_of(args), f"METAUNLEARN {args.preset}"

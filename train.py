@@ -133,9 +133,10 @@ def train(which: str, data: dict, split: dict, args):
     model = build_model(args.model, data["classes"], args.image_size, init, seed).to(device)
     if path.is_file():
         saved = load_checkpoint(path, "model", **identity)
-        say(f"{which}: loaded {path} (validation {100 * saved['best']:.1f})")
-        model.load_state_dict(saved["model"])
-        return model.eval(), saved["seconds"]
+        with common.reading(path):
+            say(f"{which}: loaded {path} (validation {100 * saved['best']:.1f})")
+            model.load_state_dict(saved["model"])
+            return model.eval(), float(saved["seconds"])
 
     chosen = split["retain"] + split["forget"] if which == "original" else split["retain"]
     chosen = torch.tensor(sorted(chosen))
@@ -144,9 +145,10 @@ def train(which: str, data: dict, split: dict, args):
     kept = {"best": -1.0, "best_state": None, "seconds": 0.0}
     if args.resume and partial.is_file():
         saved = load_checkpoint(partial, "partial model", **identity)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        kept, done = {key: saved[key] for key in kept}, saved["epoch"] + 1
+        with common.reading(partial):
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            kept, done = {key: saved[key] for key in kept}, saved["epoch"] + 1
         say(f"{which}: resuming after epoch {done}")
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     saved_at = common.clock(device)
@@ -173,7 +175,8 @@ def train(which: str, data: dict, split: dict, args):
             saved_at = now
     if rank == 0:
         content = dict(model=kept["best_state"], best=kept["best"], seconds=kept["seconds"])
-        save_checkpoint(path, kind="model", indices=split, **content, **identity)
+        content |= dict(architecture=args.model, image_size=args.image_size, indices=split)
+        save_checkpoint(path, kind="model", **content, **identity)
         partial.unlink(missing_ok=True)
     common.wait_for_all()
     if world > 1:  # batch-norm statistics are each process's own: all take the first one's

@@ -69,12 +69,13 @@ def check_gradient(model, data, split, args) -> dict:
         """The arguments of meta_gradient, in one precision."""
         m, h, (loss, mAP) = copy.deepcopy(model).to(dtype), copy.deepcopy(h_phi), original["v0"]
         known = {"logits": original["logits"].to(dtype), "v0": (loss.to(dtype), mAP)}
-        f, theta = M.model_function(m, amp), M.updatable(m, args.preset == "code")
+        f_S, theta = M.f_and_theta(m, argparse.Namespace(preset=args.preset, amp=amp))
+        f = M.model_function(m, amp)
 
         def A(theta_u):
             return M.auxiliary(f, theta_u, sets, data, known, args)
 
-        return h.to(dtype), f, A, theta, S, args.eta
+        return h.to(dtype), f_S, A, theta, S, args.eta
 
     wide = request(torch.float64)
     exact, double = (flat(way(*wide)[1]) for way in (M.meta_gradient, M.meta_gradient_double))

@@ -185,6 +185,8 @@ BAD["code in torch.save"] = saved_bytes(CONTENT | {"weight": Harmful()})
 BAD["code in pickle"] = pickle.dumps(CONTENT | {"weight": Harmful()})
 BAD["other kind"] = saved_bytes(CONTENT | {"kind": "gold"})
 BAD["other split"] = saved_bytes(CONTENT | {"split": "a"})
+BAD["a tensor for a split"] = saved_bytes(CONTENT | {"split": torch.zeros(2)})
+BAD["not finite"] = saved_bytes(CONTENT | {"model": {"bias": torch.tensor([1.0, torch.nan])}})
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -231,6 +233,12 @@ def test_unwritable_places_are_said_at_once(tmp_path, capsys):
     refused(capsys, str(below), check, tmp_path, below)
     refused(capsys, str(below), functools.partial(check, tmp_path, file=below / "m.pt"))
     refused(capsys, "--save", functools.partial(check, file=str(tmp_path)))
+    for which, content in (("original", {"kind": "model"}), (None, {"kind": "meta-loss"})):
+        common.save_checkpoint(tmp_path / "used.pt", which=which, **content)
+        refused(capsys, "no unlearned", functools.partial(check, file=tmp_path / "used.pt"))
+    common.save_checkpoint(tmp_path / "used.pt", which="unlearned")
+    check(file=tmp_path / "used.pt")
+    (tmp_path / "used.pt").unlink()
     check(tmp_path, file=tmp_path / "new" / "m.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "new"]
 

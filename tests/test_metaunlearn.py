@@ -351,6 +351,57 @@ def test_request_sets(small):
     assert sorted(whole.sets[0]["v"]) == whole.split["val"]
 
 
+def test_preset_code_is_the_authors_code_on_every_data_set():
+    """Width and dropout of h_phi, alpha, epochs (their config); S in float32 is tested below."""
+    for dataset in ("toyfaces", "celebahq", "own/pair"):
+        args = M.parse_args(["--dataset", dataset, "--preset", "code"])
+        assert (args.hidden, args.dropout, args.alpha, args.meta_epochs) == (512, 0.5, 1e-4, 3)
+    assert M.parse_args(["--preset", "code", "--hidden", "7"]).hidden == 7
+
+
+@pytest.mark.parametrize("preset", ["paper", "code"])
+def test_autocast_and_cosine(small, preset, monkeypatch):
+    """--preset code: S in float32 and D_f in bf16, and alpha times 1, 0.75, 0.25 in its epochs."""
+    code, runs, rates = preset == "code", set(), []
+    p = problem(small, "--preset", preset, "--ids", "6", dtype=torch.float32)
+    p.args.amp = True
+
+    def watch(net, images):
+        runs.add((len(images[0]), torch.is_autocast_enabled("cpu")))
+
+    hook = p.net.register_forward_pre_hook(watch)
+    gradient(p)
+    n_s, others = len(p.S[0]), {(len(part[name]), True) for part in p.sets for name in "fv"}
+    assert runs == {(n_s, not code)} | others and n_s not in dict(others)
+    hook.remove()
+    f, theta = M.f_and_theta(p.net, p.args)
+    assert torch.equal(f(theta, p.S[0])[0], p.net(p.S[0])[0]) == code
+    optimizer = torch.optim.SGD([{"params": p.h.parameters(), "peak": 1.0}], 1.0)
+
+    def none(*arguments):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 0.0, [torch.zeros_like(q) for q in p.h.parameters()]
+
+    monkeypatch.setattr(M, "request_gradient", none)
+    for epoch in range(3):
+        M.meta_epoch(p.h, optimizer, p.net, p.data, p.split, None, epoch, p.args)
+    n = len(rates) // 3  # each request sees the rate of the step before it
+    done = [epoch / 3 + (0 if code else step / n / 3) for epoch in range(3) for step in range(n)]
+    expected = [0.5 * (1 + math.cos(math.pi * x)) for x in done]
+    assert n > 1 and rates[1:] == pytest.approx(expected[:-1])
+
+
+def test_a_memorised_forget_set_is_said(small, capsys, monkeypatch):
+    """Where the logits of D_f make no mistake, and Eq. (6) is in use: one line."""
+    p = problem(small, dtype=torch.float32)
+    y = p.data["targets"][p.split["forget"]]
+    for logits, weight, said in ((y, True, 1), (y, False, 0), (-y, True, 0)):
+        monkeypatch.setattr(M, "predict", lambda *a, logits=logits: logits)
+        p.args.accuracy_weight = weight
+        M.warn_of_vanishing_weights(p.net, p.data, p.split, p.args)
+        assert capsys.readouterr().out.count("warning: 1 - mAP of D_f is 0.000") == said
+
+
 def test_meta_training_reads_what_access_says(small):
     """Training and validation images; never the Support set of the real request or a test image."""
     p = problem(small, "--retain-weight", "1", dtype=torch.float32)
@@ -423,7 +474,28 @@ def test_runs_repeat_exactly_from_saved_models_and_meta_loss(trained, tmp_path, 
         again = M.main([*trained.flags, *more, "--out", str(tmp_path / str(number))])
         assert again["flags"] == trained.result["flags"] | {"meta_loss": file}
         again["flags"]["meta_loss"] = None
+        kept = ("train", "retrain", "meta_train")  # of the run that trained them
+        assert all(again["seconds"][k] == trained.result["seconds"][k] for k in kept)
         assert without_clock(again) == without_clock(trained.result)
+
+
+def test_load_model_gives_back_the_model_of_any_checkpoint(trained, tmp_path, capsys):
+    own, found, load = trained.meta.parent, {}, common.load_model
+    for file in (*own.glob("*.pt"), trained.folder / "now.pt"):
+        model, about = load(file)
+        found[file.name] = about.pop("which")
+        state = torch.load(file, weights_only=True)["model"]
+        assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+        assert not model.training and about.pop("target_names")[0] == "smile"
+        assert about == {"architecture": "toy_vit", "image_size": 16}
+    kinds = {"original-seed0.pt": "original", "gold-seed0.pt": "gold", "now.pt": "unlearned"}
+    kinds["metaunlearn-paper-seed0.pt"] = "unlearned"
+    assert found == kinds | {"metaunlearn-paper-seed0.meta.pt": "original"}
+    content = torch.load(own / "gold-seed0.pt", weights_only=True)
+    bad = tmp_path / "bad.pt"
+    for key in ("architecture", "model", "target_names", "image_size"):
+        torch.save({k: v for k, v in content.items() if k != key}, bad)
+        refused(capsys, f"bad.pt is damaged or of another version (KeyError: '{key}'", load, bad)
 
 
 def test_a_result_that_is_there_is_shown_or_kept(copied, trained, tmp_path, capsys, monkeypatch):
@@ -560,12 +632,36 @@ def test_unlearning_later_needs_pictures_labels_and_the_meta_loss(trained, tmp_p
     for name in ("open_data", "raw_batch", "train", "train_both", "predict"):
         monkeypatch.setattr(M, name, None)
     files = trained.folder / "now.pt", tmp_path / "later.pt"
-    S, to = ["--support", str(trained.folder / "S")], ["--save", str(files[1]), "--device", "cpu"]
-    M.main(["--meta-loss", str(trained.meta), *S, *to])
+    later = ["--meta-loss", str(trained.meta), "--support", str(trained.folder / "S")]
+    M.main([*later, "--save", str(files[1]), "--device", "cpu"])
     now, later = (common.load_checkpoint(file, "model")["model"] for file in files)
     assert all(torch.allclose(now[k], later[k], atol=1e-6) for k in now)
-    theta = common.load_checkpoint(trained.meta, "meta-loss")["theta"]
+    theta = common.load_checkpoint(trained.meta, "meta-loss")["model"]
     assert any(not torch.equal(later[k], t) for k, t in theta.items())
+
+
+def test_support_refuses_what_it_would_ignore_or_destroy(copied, trained, tmp_path, capsys):
+    """Flags of training, --save on the file that it reads, and the model of an earlier request."""
+    meta = tmp_path / trained.where
+    later = ["--meta-loss", str(meta), "--support", str(tmp_path / "S"), "--device", "cpu"]
+    for extra in ("--ids 3", "--seed=0", "--plot", "--held-out", "--export-support x"):
+        flag = extra.split("=")[0].split()[0]
+        refused(capsys, f"{flag} does nothing beside --support", M.main, [*later, *extra.split()])
+    refused(capsys, "made with --accuracy-weight True", M.main, [*later, "--no-accuracy-weight"])
+    before = meta.read_bytes()
+    refused(capsys, "no unlearned model", M.main, [*later, "--save", str(meta)])
+    refused(capsys, "no unlearned model", M.main, [*copied, "--overwrite", "--save", str(meta)])
+    assert meta.read_bytes() == before
+    written = meta.with_name("metaunlearn-paper-seed0-unlearned.pt")
+    M.main([*later, "--no-amp", "--hidden", "16"])
+    assert "people unlearned: 4;" in capsys.readouterr().out
+    first = written.read_bytes()
+    refused(capsys, "of an earlier request; add --save FILE, or --overwrite", M.main, later)
+    assert written.read_bytes() == first
+    head, one, *_ = (tmp_path / "S" / "labels.csv").read_text().splitlines()
+    (tmp_path / "S" / "labels.csv").write_text(f"{head}\n{one}\n")
+    M.main([*later, "--overwrite"])
+    assert "people unlearned: 1;" in capsys.readouterr().out and written.read_bytes() != first
 
 
 @pytest.mark.parametrize(
@@ -596,7 +692,9 @@ def test_bad_flags_get_one_line(trained, tmp_path, capsys, extra, words):
 
 
 def test_bad_settings_get_one_line(tmp_path, capsys, monkeypatch):
-    refused(capsys, "forgets identities, not --forget random", M.main, ["--forget", "random"])
+    for flags in (["--forget", "random"], ["--dataset", "digits"]):
+        line = refused(capsys, "METAUNLEARN forgets identities, not", M.main, flags)
+        assert flags[1] in line and "ltu.py" in line
     with pytest.raises(SystemExit) as end:  # this one message lists the files that are missing
         M.main(["--dataset", "celeba", *places(tmp_path)])
     error = capsys.readouterr().err
@@ -606,14 +704,42 @@ def test_bad_settings_get_one_line(tmp_path, capsys, monkeypatch):
     refused(capsys, "3 is no multiple of 2 processes", M.main, ["--requests-per-step", "3"])
 
 
-def test_bad_files_get_one_line_and_nothing_half_written_stays(trained, copied, tmp_path, capsys):
+WRONG = {"phi": None, "model": {}, "seconds": "long", "inputs": "pixels", "eta": "small"}
+
+
+@pytest.mark.parametrize("key", [*WRONG, "NaN", "split", "original", "gold"])
+def test_a_damaged_checkpoint_gets_one_line(copied, trained, tmp_path, key, capsys, monkeypatch):
+    """An entry that is missing, wrong or NaN; also said before training where that is possible."""
+    path, fresh = tmp_path / trained.where, [*copied, "--out", str(tmp_path / "fresh")]
+    if key in ("original", "gold"):
+        path = path.with_name(f"{key}-seed0.pt")
+    content = torch.load(path, weights_only=True)
+    bad = [{k: v for k, v in content.items() if k != key}, content | {key: WRONG.get(key, "x")}]
+    if key in ("original", "gold"):
+        bad = [{k: v for k, v in content.items() if k != "seconds"}, content | {"model": {}}]
+    if key == "NaN":
+        bad = [content | {k: {"x": torch.full((2,), math.nan)} for k in ("phi", "model")}]
+    if key == "split":
+        monkeypatch.setattr(M, "train_both", None)
+    runs = [fresh] if key in ("original", "gold") else [fresh, [*fresh, "--meta-loss", str(path)]]
+    for broken in bad:
+        torch.save(broken, path)
+        for run in runs:
+            refused(capsys, str(path), M.main, run)
+
+
+def test_bad_files_get_one_line_and_nothing_half_written_stays(
+    trained, copied, tmp_path, capsys, monkeypatch
+):
     meta, labels = tmp_path / trained.where, tmp_path / "S" / "labels.csv"
     original = meta.with_name("original-seed0.pt")
     fresh = [*copied, "--out", str(tmp_path / "fresh")]
     refused(capsys, "this run has 5", M.main, [*fresh, "--epochs", "5"])
     refused(capsys, "with eta 0.1, this run has 0.2", M.main, [*fresh, "--eta", "0.2"])
     dry_run = [*fresh, "--dry-run", "--meta-loss", str(meta)]
-    refused(capsys, "was made with split", M.main, [*dry_run, "--split-seed", "1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(M, "train_both", None)  # it is said before anything is trained
+        refused(capsys, "was made with split", M.main, [*dry_run, "--split-seed", "1"])
     refused(capsys, "learned for other weights", M.main, dry_run)
     refused(capsys, "no meta-loss checkpoint", M.main, [*fresh, "--meta-loss", str(original)])
     (tmp_path / "file").write_text("no folder")
