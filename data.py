@@ -20,8 +20,13 @@ import hashlib
 import json
 import os
 import pathlib
+import pickle
+import shlex
 import shutil
+import socket
+import tempfile
 import types
+import urllib.request
 
 import numpy as np
 import torch
@@ -176,7 +181,8 @@ def _rows(path) -> list[list[str]]:
 def read_celeba(root: pathlib.Path) -> dict:
     """CelebA's annotations, but for the publisher's partition, which the protocol does not use."""
     table, identities, pictures = (root / name for name in SOURCES["celeba"])
-    source = "(CelebA page of MMLAB, Chinese University of Hong Kong: Align&Cropped Images, Anno)"
+    page = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+    source = f"(of {page}, by hand: Align&Cropped Images, Anno)"
     return _with_attributes("CelebA", source, pictures / "000001.jpg", table, identities)
 
 
@@ -184,7 +190,8 @@ def read_celebahq(root: pathlib.Path) -> dict:
     """CelebA-HQ's annotations; identities from a file of its own, or by the mapping to CelebA."""
     table, direct, celeba, mapping, pictures = (root / name for name in SOURCES["celebahq"])
     files = (direct,) if direct.is_file() else (celeba, mapping)
-    source = f"(GitHub page of CelebAMask-HQ, page of CelebA; {direct} for the last two would do)"
+    page = "https://github.com/switchablenorms/CelebAMask-HQ"
+    source = f"(of {page} and CelebA's, by hand; {direct} for the last two would do)"
     return _with_attributes("CelebA-HQ", source, pictures / "0.jpg", table, *files)
 
 
@@ -226,15 +233,39 @@ def _from_torchvision(title: str, root, *expected, **options) -> dict:
     """Read a data set of torchvision, which checks the files' md5; its labels are the targets."""
     import torchvision
 
+    kind = getattr(torchvision.datasets, title)
     try:
-        kind = getattr(torchvision.datasets, title)
-        parts = [kind(root, train=train, **options) for train in (True, False)]
+        if title != "QMNIST" and not (root / kind.base_folder).is_dir():
+            _download(kind.url, root / kind.filename, kind.tgz_md5)  # torchvision cannot go on
+        parts = [kind(root, train=train, download=True, **options) for train in (True, False)]
     except Exception as error:  # missing or damaged files, no network: each raises something else
         _incomplete(title, f" ({' '.join(str(error).split())[:80]})", *expected)
     images = np.concatenate([np.asarray(part.data) for part in parts])
     targets = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
     is_test, names = np.repeat([False, True], [len(part.data) for part in parts]), parts[0].classes
     return {"images": images, "targets": targets, "target_names": names, "is_test": is_test}
+
+
+def _download(url: str, path: pathlib.Path, md5: str):
+    """Fetch a file that is not there; goes on where an interrupted download stopped."""
+    part = path.with_name(f"{path.name}.part")
+    if path.is_file():
+        return
+    # The last byte once more: a range that begins at the end of a whole file is an error.
+    start = max(0, part.stat().st_size - 1) if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
+    with urllib.request.urlopen(request) as answer, open(part, "ab") as file:
+        start = start if answer.status == 206 else 0  # 200: the server sends all of it again
+        total = start + answer.length
+        say(f"downloading {url}: {total / 2**20:,.0f} MiB, {start / 2**20:,.0f} are there")
+        file.truncate(start)
+        with tqdm.wrapattr(answer, "read", total=total, initial=start, disable=None) as body:
+            shutil.copyfileobj(body, file)
+    if part.stat().st_size < total:
+        raise OSError("the connection broke; the same command goes on")
+    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+        fail(f"{part} has not the publisher's checksum; delete it and start again")
+    part.replace(path)
 
 
 def read_digits(root: pathlib.Path) -> dict:
@@ -250,18 +281,23 @@ def read_digits(root: pathlib.Path) -> dict:
 def read_qmnist(root: pathlib.Path) -> dict:
     """QMNIST: 10 digits, 120,000 scans, the writer as identity; torchvision fetches the files."""
     files = f"{root}/QMNIST/raw/qmnist-{{train,test}}-{{images-idx3-ubyte,labels-idx2-int}}.gz"
-    options = {"compat": False, "download": True}
-    table = _from_torchvision("QMNIST", root, files, "(they could not be downloaded)", **options)
+    if not (root / "QMNIST" / "raw").is_dir():
+        say(f"downloading QMNIST: 20 MiB to {root}")
+    page = "from https://github.com/facebookresearch/qmnist"
+    table = _from_torchvision("QMNIST", root, files, page, compat=False)
     labels = table["targets"]  # (N, 8): class, series, writer, ...
     people = {"identities": labels[:, 2], "target_names": list("0123456789")}
     return {"images": table["images"], "targets": labels[:, 0], **people}
+
+
+_CIFAR = "from https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 def read_cifar10(root: pathlib.Path) -> dict:
     """CIFAR-10 from the publisher's files, or from one array file, for re-encoded copies."""
     path, folder = (root / name for name in SOURCES["cifar10"])
     if not path.is_file() or folder.is_dir():
-        files = f"{root}/cifar-10-batches-py/ of cifar-10-python.tar.gz, from the CIFAR page"
+        files = f"{folder}/ of cifar-10-python.tar.gz, {_CIFAR}"
         array = f"(or {path} with images (60000, 32, 32, 3) uint8, label, is_test)"
         return _from_torchvision("CIFAR10", root, files, array)
     try:
@@ -279,35 +315,19 @@ def read_cifar10(root: pathlib.Path) -> dict:
 
 def read_cifar100(root: pathlib.Path) -> dict:
     """CIFAR-100 with both label sets; torchvision has no super-classes."""
-    files = f"{root}/cifar-100-python/ of cifar-100-python.tar.gz, from the CIFAR page"
-    table, groups = _from_torchvision("CIFAR100", root, files), enumerate(CIFAR100_COARSE.values())
-    coarse_of = {name: number for number, group in groups for name in group.split()}
-    coarse = np.array([coarse_of[name] for name in table["target_names"]])[table["targets"]]
-    return table | {"coarse": coarse, "coarse_names": list(CIFAR100_COARSE)}
+    folder = root / "cifar-100-python"
+    table = _from_torchvision("CIFAR100", root, f"{folder}/ of cifar-100-python.tar.gz, {_CIFAR}")
+    # torchvision has just checked these pickles' md5.
+    files = [(folder / name).read_bytes() for name in ("train", "test", "meta")]
+    train, test, meta = (pickle.loads(content, encoding="latin1") for content in files)
+    coarse = np.array(train["coarse_labels"] + test["coarse_labels"])
+    return table | {"coarse": coarse, "coarse_names": meta["coarse_label_names"]}
 
 
-CIFAR100_COARSE = {  # the publisher's table (Krizhevsky 2009)
-    "aquatic_mammals": "beaver dolphin otter seal whale",
-    "fish": "aquarium_fish flatfish ray shark trout",
-    "flowers": "orchid poppy rose sunflower tulip",
-    "food_containers": "bottle bowl can cup plate",
-    "fruit_and_vegetables": "apple mushroom orange pear sweet_pepper",
-    "household_electrical_devices": "clock keyboard lamp telephone television",
-    "household_furniture": "bed chair couch table wardrobe",
-    "insects": "bee beetle butterfly caterpillar cockroach",
-    "large_carnivores": "bear leopard lion tiger wolf",
-    "large_man-made_outdoor_things": "bridge castle house road skyscraper",
-    "large_natural_outdoor_scenes": "cloud forest mountain plain sea",
-    "large_omnivores_and_herbivores": "camel cattle chimpanzee elephant kangaroo",
-    "medium_mammals": "fox porcupine possum raccoon skunk",
-    "non-insect_invertebrates": "crab lobster snail spider worm",
-    "people": "baby boy girl man woman",
-    "reptiles": "crocodile dinosaur lizard snake turtle",
-    "small_mammals": "hamster mouse rabbit shrew squirrel",
-    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
-    "vehicles_1": "bicycle bus motorcycle pickup_truck train",
-    "vehicles_2": "lawn_mower rocket streetcar tank tractor",
-}
+TINY_IMAGENET = (
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "90528d7ca1a48142e341f4ef8d21d0de",  # MD5
+)
 
 
 def read_tinyimagenet(root: pathlib.Path) -> dict:
@@ -315,7 +335,17 @@ def read_tinyimagenet(root: pathlib.Path) -> dict:
     folder = root / "tiny-imagenet-200"
     listing, annotations = folder / "wnids.txt", folder / "val" / "val_annotations.txt"
     pictures = f"{folder}/train/<class>/images/*.JPEG and val/images/*.JPEG"
-    files = listing, annotations, pictures, "(tiny-imagenet-200.zip, from the CS231n page)"
+    files = listing, annotations, pictures, f"(of {TINY_IMAGENET[0]})"
+    if not folder.is_dir():
+        try:
+            path = folder.with_suffix(".zip")
+            _download(TINY_IMAGENET[0], path, TINY_IMAGENET[1])
+            say(f"unpacking {path}")
+            with tempfile.TemporaryDirectory(dir=root) as inside:  # so that all of it is there
+                shutil.unpack_archive(path, inside)
+                os.replace(pathlib.Path(inside) / folder.name, folder)
+        except Exception as error:  # no network, a damaged file, a full disk
+            _incomplete("Tiny-ImageNet", f" ({error})", *files)
     if not listing.is_file() or not annotations.is_file():
         _incomplete("Tiny-ImageNet", "", *files)
     classes = _text(listing).split()
@@ -358,6 +388,7 @@ def prepare(args) -> pathlib.Path:
         common.remove_leftovers(base.parent)
     if rank_and_world()[0] == 0 and not _is_ready(base, _stamps(args)):
         common.check_writable(base.parent)
+        socket.setdefaulttimeout(20)  # seconds that a download waits for an answer
         if args.dataset == "toyfaces":
             table = draw_toyfaces(size=args.image_size)
         else:
@@ -898,27 +929,28 @@ def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
     """Read a CSV file with columns file, identity, and class or one of 0 and 1 for each attribute.
 
     names: the classes or attributes to expect, None: those that it has. Returns its rows, targets
-    (N,) or (N, K), names. Raises SystemExit(2) for a column or label that is missing or wrong.
+    (N,) or (N, K), names. Raises SystemExit(2) for a column or value that is missing or wrong.
     """
     text = _text(table)
     mark = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write any of the three
-    rows = list(csv.DictReader(text.splitlines(), delimiter=mark))
+    rows = list(csv.DictReader(text.splitlines(), delimiter=mark, skipinitialspace=True))
     if not rows:
         fail(f"{table} has no rows")
-    if names is None:
-        names = [column for column in rows[0] if column not in ("file", "identity")]
-        multilabel = names != ["class"]
-        names = names if multilabel else sorted({row["class"] for row in rows})
+    found = [column for column in rows[0] if column and column not in ("file", "identity")]
+    if names is None and found not in ([], ["class"]):
+        names, multilabel = found, True
     columns = names if multilabel else ["class"]
     for column in ("file", *columns):
         if column not in rows[0]:
             fail(f"{table} has no column {column}, only {', '.join(map(str, rows[0]))}")
+    names = names or sorted({str(row["class"]) for row in rows})
     number = {label: i for i, label in enumerate("01" if multilabel else names)}
     for row in rows:
-        for column in columns:
-            if row[column] not in number:
-                known = ", ".join(number)[:60]
-                fail(f"{table}: {column} of {row['file']} is {row[column]!r}, not one of {known}")
+        wrong = [column for column in columns if row[column] not in number]
+        wrong += [column for column in ("file", "identity") if not row.get(column, "absent")]
+        if wrong:
+            known = f"; labels are {', '.join(number)}"[:60]
+            fail(f"{table}: {wrong[0]} of {row['file']} is {row[wrong[0]]!r}{known}")
     targets = np.array([[number[row[column]] for column in columns] for row in rows])  # (N, K)
     return rows, targets if multilabel else targets[:, 0], names
 
@@ -947,23 +979,74 @@ def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
     return images, torch.from_numpy(targets), people
 
 
+def from_folder(args):
+    """Prepare a pair from the pictures of --from-folder, and say what was found there.
+
+    labels.csv names the pictures; without it each folder is a class. Sets --dataset to the pair,
+    <data-dir>/prepared/<the folder's name>, and --forget to random where there are no identities.
+    """
+    folder, table = pathlib.Path(args.from_folder).resolve(), {}
+    if (folder / "labels.csv").is_file():
+        rows, targets, names = read_labels(folder / "labels.csv")
+        images = [folder / row["file"] for row in rows]
+        if "identity" in rows[0]:
+            people = [row["identity"] for row in rows]
+            numbered = all(map(str.isdecimal, people))  # else in the order of their names
+            table["identities"] = np.unique(people, return_inverse=True)[1]
+            table["identities"] = np.array(people, int) if numbered else table["identities"]
+    else:
+        known = Image.registered_extensions()
+        images = [file for file in sorted(folder.glob("*/*")) if file.suffix.lower() in known]
+        if not images:
+            fail(f"{folder} has neither labels.csv nor pictures in folders, one folder a class")
+        names, targets = np.unique([file.parent.name for file in images], return_inverse=True)
+    by_class = targets.ndim == 1
+    count = np.bincount(targets) if by_class else targets.sum(0)
+    listed = ", ".join(f"{i} {name} ({count[i]})" for i, name in enumerate(names))
+    kind = f"{len(names)} {'classes' if by_class else 'attributes'}"
+    found = f"{len(images):,} pictures of {kind}, {count.min()} at least: {listed[:200]}"
+    if table:
+        count = np.unique(table["identities"], return_counts=True)[1]
+        found += f"; {len(count):,} people, {count.min()} pictures of each at least"
+    elif args.forget == "identities":
+        args.forget = "random"
+    say(f"found {found}")
+    say(
+        "needed: at random, ten pictures of a class; by identity, two of each, and 2 * --ids people"
+    )
+    base = pathlib.Path(args.data_dir) / "prepared" / folder.name
+    common.check_writable(base.parent)
+    names_of = [image.relative_to(folder).as_posix() for image in images]
+    table |= {"images": images, "targets": targets, "target_names": names, "names": names_of}
+    _write_pair(base, table, args.image_size)
+    args.dataset = str(base)
+
+
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     common.add_shared_arguments(parser)
+    text = "prepare your own pictures: folders by class, or labels.csv (file, identity, labels)"
+    parser.add_argument("--from-folder", metavar="DIR", help=text)
     parser.add_argument("--annotations-only", action="store_true", help="split without any picture")
     return common.parse_with_presets(parser, PRESETS, argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if not args.annotations_only:
-        data = load(args)
-    elif args.dataset in ("celeba", "celebahq"):
+    if args.annotations_only:
+        if args.dataset not in ("celeba", "celebahq") or args.forget != "identities":
+            fail("--annotations-only is for celeba and celebahq, and --forget identities")
         data = READERS[args.dataset](pathlib.Path(args.data_dir))
         data |= {"name": args.dataset, "digest": "annotations"}
     else:
-        fail("--annotations-only is for celeba and celebahq")
+        if args.from_folder:
+            from_folder(args)
+        data = load(args)
     print(describe(data, make_split(data, args)))
+    if args.from_folder:
+        by_identity = args.forget == "identities"
+        script = f"metaunlearn.py --ids {args.ids}" if by_identity else "ltu.py --forget random"
+        print(f"next: python {script} --dataset {shlex.quote(args.dataset)}")
 
 
 if __name__ == "__main__":
