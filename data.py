@@ -149,11 +149,11 @@ def _paint_faces(look: dict, noise) -> np.ndarray:
 # Data sets: readers give `images` as arrays, or as paths of pictures that are not opened yet
 
 
-_CELEBA, _HQ = "celeba/identity_CelebA.txt", "CelebAMask-HQ/CelebA"
+_WHO, _HQ = "celeba/identity_CelebA.txt", "CelebAMask-HQ"
 SOURCES = {  # below --data-dir: a pair is prepared again when one of them has changed
-    "celeba": ["celeba/list_attr_celeba.txt", _CELEBA, "celeba/img_align_celeba"],
-    "celebahq": [f"{_HQ}Mask-HQ-attribute-anno.txt", f"{_HQ}-HQ-identity.txt", _CELEBA]
-    + [f"{_HQ}-HQ-to-CelebA-mapping.txt", f"{_HQ}-HQ-img"],
+    "celeba": [_WHO, "celeba/list_attr_celeba.txt", "celeba/img_align_celeba"],
+    "celebahq": [_WHO, f"{_HQ}/CelebAMask-HQ-attribute-anno.txt", f"{_HQ}/CelebA-HQ-img"]
+    + [f"{_HQ}/CelebA-HQ-identity.txt", f"{_HQ}/CelebA-HQ-to-CelebA-mapping.txt"],
     "qmnist": ["QMNIST/raw"],
     "cifar10": ["cifar10.npz", "cifar-10-batches-py"],
     "cifar100": ["cifar-100-python"],
@@ -180,7 +180,7 @@ def _rows(path) -> list[list[str]]:
 
 def read_celeba(root: pathlib.Path) -> dict:
     """CelebA's annotations, but for the publisher's partition, which the protocol does not use."""
-    table, identities, pictures = (root / name for name in SOURCES["celeba"])
+    identities, table, pictures = (root / name for name in SOURCES["celeba"])
     page = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
     source = f"(of {page}, by hand: Align&Cropped Images, Anno)"
     return _with_attributes("CelebA", source, pictures / "000001.jpg", table, identities)
@@ -188,7 +188,7 @@ def read_celeba(root: pathlib.Path) -> dict:
 
 def read_celebahq(root: pathlib.Path) -> dict:
     """CelebA-HQ's annotations; identities from a file of its own, or by the mapping to CelebA."""
-    table, direct, celeba, mapping, pictures = (root / name for name in SOURCES["celebahq"])
+    celeba, table, pictures, direct, mapping = (root / name for name in SOURCES["celebahq"])
     files = (direct,) if direct.is_file() else (celeba, mapping)
     page = "https://github.com/switchablenorms/CelebAMask-HQ"
     source = f"(of {page} and CelebA's, by hand; {direct} for the last two would do)"
@@ -324,10 +324,8 @@ def read_cifar100(root: pathlib.Path) -> dict:
     return table | {"coarse": coarse, "coarse_names": meta["coarse_label_names"]}
 
 
-TINY_IMAGENET = (
-    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "90528d7ca1a48142e341f4ef8d21d0de",  # MD5
-)
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 def read_tinyimagenet(root: pathlib.Path) -> dict:
@@ -335,15 +333,14 @@ def read_tinyimagenet(root: pathlib.Path) -> dict:
     folder = root / "tiny-imagenet-200"
     listing, annotations = folder / "wnids.txt", folder / "val" / "val_annotations.txt"
     pictures = f"{folder}/train/<class>/images/*.JPEG and val/images/*.JPEG"
-    files = listing, annotations, pictures, f"(of {TINY_IMAGENET[0]})"
+    files = listing, annotations, pictures, f"(of {TINY_URL})"
     if not folder.is_dir():
         try:
-            path = folder.with_suffix(".zip")
-            _download(TINY_IMAGENET[0], path, TINY_IMAGENET[1])
+            _download(TINY_URL, path := folder.with_suffix(".zip"), TINY_MD5)
             say(f"unpacking {path}")
-            with tempfile.TemporaryDirectory(dir=root) as inside:  # so that all of it is there
+            with tempfile.TemporaryDirectory(dir=root) as inside:  # all of it is there, or nothing
                 shutil.unpack_archive(path, inside)
-                os.replace(pathlib.Path(inside) / folder.name, folder)
+                os.replace(f"{inside}/{folder.name}", folder)
         except Exception as error:  # no network, a damaged file, a full disk
             _incomplete("Tiny-ImageNet", f" ({error})", *files)
     if not listing.is_file() or not annotations.is_file():
@@ -386,35 +383,29 @@ def prepare(args) -> pathlib.Path:
     base = pathlib.Path(args.data_dir) / "prepared" / f"{args.dataset}-{args.image_size}"
     if rank_and_world()[0] == 0:
         common.remove_leftovers(base.parent)
-    if rank_and_world()[0] == 0 and not _is_ready(base, _stamps(args)):
-        common.check_writable(base.parent)
-        socket.setdefaulttimeout(20)  # seconds that a download waits for an answer
-        if args.dataset == "toyfaces":
-            table = draw_toyfaces(size=args.image_size)
-        else:
-            table = READERS[args.dataset](pathlib.Path(args.data_dir))
-        _write_pair(base, table, args.image_size, stamps=json.dumps(_stamps(args)))
+        if not _is_ready(base, _stamps(args)):
+            common.check_writable(base.parent)
+            socket.setdefaulttimeout(20)  # seconds that a download waits for an answer
+            if args.dataset == "toyfaces":
+                table = draw_toyfaces(size=args.image_size)
+            else:
+                table = READERS[args.dataset](pathlib.Path(args.data_dir))
+            _write_pair(base, table, args.image_size, stamps=json.dumps(_stamps(args)))
     wait_for_all()
     return base
 
 
 def _stamps(args) -> dict:
-    """{source: a hash of each file's name, and of its content (texts) or size and time (others)}.
-
-    None where there is no file: a prepared pair is enough without its sources.
-    """
+    """{source: a hash of its texts, and of other files' names, sizes and times; None: absent}."""
     stamps = {"format": FORMAT}
     for source in SOURCES.get(args.dataset, ()):
         top, seen = os.path.join(args.data_dir, source), hashlib.sha256()
         files = [top] if os.path.isfile(top) else []
         files += [os.path.join(*at, name) for *at, _, names in os.walk(top) for name in names]
         for file in sorted(files):
-            seen.update(os.path.basename(file).encode())
-            if file.endswith(".txt"):
-                seen.update(pathlib.Path(file).read_bytes())
-            else:
-                state = os.stat(file)
-                seen.update(f"{state.st_size} {state.st_mtime_ns}".encode())
+            state = os.stat(file)
+            what = f"{os.path.basename(file)} {state.st_size} {state.st_mtime_ns}".encode()
+            seen.update(pathlib.Path(file).read_bytes() if file.endswith(".txt") else what)
         stamps[source] = seen.hexdigest() if files else None
     return stamps
 
@@ -424,6 +415,7 @@ def _is_ready(base, stamps: dict) -> bool:
         before = json.loads(str(_read_npz(f"{base}.npz")["stamps"]))
     except Exception:  # not there, damaged, or of another version
         return False
+    # A prepared pair is enough without its sources.
     same = all(stamp in (None, before.get(source)) for source, stamp in stamps.items())
     return same and pathlib.Path(f"{base}.npy").is_file()
 
@@ -441,10 +433,7 @@ def _read_npz(path) -> dict:
 
 
 def _write_images(sources, base, size: int) -> str:
-    """Write arrays or pictures to base.npy, in blocks: memory stays flat at 202,599 pictures.
-
-    Returns the images' SHA-256.
-    """
+    """Write arrays or pictures to base.npy in blocks, so that memory stays flat; their SHA-256."""
     count, digest = len(sources), hashlib.sha256()
     absent = [path for path in sources if isinstance(path, pathlib.Path) and not path.is_file()]
     if absent:
@@ -452,9 +441,8 @@ def _write_images(sources, base, size: int) -> str:
     room = count * size * size * 3 + 2**27
     needs = f"{count:,} images at {size} px need {room / 2**30:.1f} GiB of disk in {base.parent}"
     say(f"{base.name}: {needs}")
-    if (free := shutil.disk_usage(base.parent).free) < room:
-        there = f"{free / 2**30:.1f} GiB are free"
-        fail(f"{needs}, where {there}; change --data-dir or lower --image-size")
+    if shutil.disk_usage(base.parent).free < room:
+        fail(f"no room: {needs}; change --data-dir or lower --image-size")
     # Threads are enough: Pillow decodes and resizes outside Python's lock.
     pool = concurrent.futures.ThreadPoolExecutor()
     with pool, common.atomic_write(f"{base}.npy") as path:
@@ -489,14 +477,12 @@ def _read_pair(base) -> tuple[np.ndarray, dict]:
         # Copy-on-write: torch wants a writable array, and the file must stay as it is.
         images, table = np.load(f"{base}.npy", mmap_mode="c"), _read_npz(f"{base}.npz")
         square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
-        if not len(images):
-            raise ValueError("it holds no images")
-        if not square or images.dtype != np.uint8:
+        if not square or images.dtype != np.uint8 or not len(images):
             are = f"{images.dtype} {images.shape}"
             raise ValueError(f"images must be uint8 (N, S, S, 3), not {are}")
         if "targets" not in table:
             raise ValueError(f"no array named targets in {base}.npz, only {', '.join(table)}")
-        for name in sorted(COLUMNS & set(table)):
+        for name in [name for name in COLUMNS if name in table]:
             table[name] = _column(name, table[name], len(images))
         targets, names = table["targets"], len(table.get("target_names", ()))
         if names and names != (targets.shape[1] if targets.ndim == 2 else targets.max() + 1):
@@ -506,20 +492,23 @@ def _read_pair(base) -> tuple[np.ndarray, dict]:
     return images, table
 
 
-COLUMNS = {"targets", "identities", "is_test", "coarse"}
+COLUMNS = {  # of one's own pair, and what they must be
+    "targets": "classes (N,) numbered from 0 without gaps, or attributes (N, K) of 0 and 1",
+    "identities": "whole numbers (N,) from 0",
+    "is_test": "true or false (N,)",
+    "coarse": "classes (N,) numbered from 0 without gaps",
+}
 
 
 def _column(name: str, values: np.ndarray, n: int) -> np.ndarray:
     """A column of n images as int64, is_test as bool; raises ValueError where it cannot be one."""
     shape = (n, *values.shape[1:2]) if name == "targets" else (n,)
-    if values.shape != shape or not values.size or values.dtype.kind not in "biuf":
-        wanted = f"({n},) or ({n}, K)" if name == "targets" else f"({n},)"
-        raise ValueError(f"{name} must be numbers {wanted}, not {values.dtype} {values.shape}")
-    # Classes without gaps are fewer than the images; NaN compares as false.
+    # Classes without gaps are fewer than the images.
     most = {"identities": 2**63 - 1, "is_test": 1}.get(name, n - 1 if values.ndim == 1 else 1)
-    if not ((values >= 0) & (values <= most) & (values == np.floor(values))).all():
-        kind = "classes numbered from 0 without gaps" if most == n - 1 else "whole numbers"
-        raise ValueError(f"{name} must be {kind}, from 0 to {most}")
+    fits = values.shape == shape and values.size > 0 and values.dtype.kind in "biuf"
+    # NaN compares as false.
+    if not fits or not ((values >= 0) & (values <= most) & (values == np.floor(values))).all():
+        raise ValueError(f"{name} must be {COLUMNS[name]}, N = {n:,}")
     return values.astype(bool if name == "is_test" else np.int64)
 
 
@@ -537,7 +526,7 @@ def load(args, device=CPU) -> dict:
     else:
         for i in range(0, len(images), 256):  # 2 GB/s
             digest.update(np.ascontiguousarray(images[i : i + 256]))
-    for name in sorted(COLUMNS & set(table)):
+    for name in [name for name in COLUMNS if name in table]:
         digest.update(name.encode() + table[name].tobytes())
     groups = targets if targets.ndim == 1 else None
     if args.forget == "subclass":  # the model learns super-classes; a member of one is forgotten
@@ -545,7 +534,9 @@ def load(args, device=CPU) -> dict:
             fail(f"--forget subclass needs super-classes; {args.dataset} has none, cifar100 has")
         targets = table["coarse"]
         table["target_names"] = table.get("coarse_names", np.unique(targets).astype(str))
-    _check_that_labels_differ(args.dataset, targets, table.get("target_names"))
+    same = (targets == targets[0]).all(0)  # () or (K,)
+    if same.all():
+        fail(f"{args.dataset}: all images have the same label; two classes, or values, are needed")
     targets = torch.from_numpy(targets).to(torch.float32 if targets.ndim == 2 else torch.int64)
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     args.image_size, images = images.shape[1], torch.from_numpy(images)
@@ -557,17 +548,10 @@ def load(args, device=CPU) -> dict:
     data["digest"] = digest.hexdigest()[:16]
     data["names"] = table.get("names", np.arange(len(targets)).astype(str))
     data["target_names"] = table.get("target_names", np.arange(classes).astype(str))
+    if same.any():
+        few = ", ".join(data["target_names"][np.flatnonzero(same)])
+        say(f"{data['name']}: all images have the same {few}; no model can learn it")
     return flip_labels(data, args.label_noise, args.split_seed) if args.label_noise else data
-
-
-def _check_that_labels_differ(dataset, targets, names=None):
-    """Refuse targets that are all equal; say which attributes all images agree in."""
-    same = (targets == targets[0]).all(0)  # () or (K,)
-    if same.all():
-        fail(f"{dataset}: all images have the same label; two classes, or values, are needed")
-    for k in np.flatnonzero(same):
-        name = k if names is None else names[k]
-        say(f"{dataset}: attribute {name} is {targets[0, k]} in all images; no model can learn it")
 
 
 def flip_labels(data: dict, share: float, split_seed: int) -> dict:
@@ -918,8 +902,8 @@ def write_pictures(data: dict, indices, folder):
         with common.atomic_write(folder / f"{i}.png") as temporary:
             Image.fromarray(data["images"][i].cpu().numpy()).save(temporary, format="PNG")
         label = data["targets"][i].int().tolist()
-        label = label if multilabel else [names[label]]
-        rows.append([f"{i}.png", int(data["identities"][i]), *label])
+        rows.append([f"{i}.png", int(data["identities"][i])])
+        rows[-1] += label if multilabel else [names[label]]
     with common.atomic_write(folder / "labels.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     say(f"pictures and labels.csv written to {folder}")
@@ -928,19 +912,20 @@ def write_pictures(data: dict, indices, folder):
 def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
     """Read a CSV file with columns file, identity, and class or one of 0 and 1 for each attribute.
 
-    names: the classes or attributes to expect, None: those that it has. Returns its rows, targets
-    (N,) or (N, K), names. Raises SystemExit(2) for a column or value that is missing or wrong.
+    names: the classes or attributes to expect, and identities by number; None: whatever it has.
+    Returns its rows, targets (N,) or (N, K), names. Raises SystemExit(2) for a column or value that
+    is missing or wrong.
     """
     text = _text(table)
     mark = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write any of the three
     rows = list(csv.DictReader(text.splitlines(), delimiter=mark, skipinitialspace=True))
     if not rows:
         fail(f"{table} has no rows")
-    found = [column for column in rows[0] if column and column not in ("file", "identity")]
-    if names is None and found not in ([], ["class"]):
+    found, own = [c for c in rows[0] if c and c not in ("file", "identity")], names is None
+    if own and found not in ([], ["class"]):
         names, multilabel = found, True
     columns = names if multilabel else ["class"]
-    for column in ("file", *columns):
+    for column in ("file", *([] if own else ["identity"]), *columns):
         if column not in rows[0]:
             fail(f"{table} has no column {column}, only {', '.join(map(str, rows[0]))}")
     names = names or sorted({str(row["class"]) for row in rows})
@@ -948,6 +933,7 @@ def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
     for row in rows:
         wrong = [column for column in columns if row[column] not in number]
         wrong += [column for column in ("file", "identity") if not row.get(column, "absent")]
+        wrong += [] if own or row["identity"].isdecimal() else ["identity"]
         if wrong:
             known = f"; labels are {', '.join(number)}"[:60]
             fail(f"{table}: {wrong[0]} of {row['file']} is {row[wrong[0]]!r}{known}")
@@ -958,25 +944,18 @@ def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
 def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
     """Read what write_pictures writes: images (N, 3, size, size) in [0, 1], targets, identities.
 
-    names: of the attributes or classes. Raises SystemExit(2) for a file, column or label that is
-    missing or wrong.
+    names: of the attributes or classes. Raises SystemExit(2) as read_labels, or for a picture.
     """
     table = pathlib.Path(folder) / "labels.csv"
     if not table.is_file():
         columns = ", ".join(["file", "identity", *(names[:3] if multilabel else ["class"])])
         fail(f"--support {folder}: no labels.csv there (columns: {columns} ...)")
     rows, targets, _ = read_labels(table, names, multilabel)
-    images, people = [], []
-    for row in rows:
-        try:
-            people.append(int(row["identity"]))
-        except (KeyError, ValueError, TypeError):
-            fail(f"{table}: the row of {row['file']} has no identity, a whole number")
-        images.append(_decode(table.parent / row["file"], size))
-        if isinstance(images[-1], str):
-            fail(f"{table}: {images[-1]} cannot be used as a picture")
+    images = [_decode(table.parent / row["file"], size) for row in rows]
+    for broken in [image for image in images if isinstance(image, str)]:
+        fail(f"{table}: {broken} cannot be used as a picture")
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    return images, torch.from_numpy(targets), people
+    return images, torch.from_numpy(targets), [int(row["identity"]) for row in rows]
 
 
 def from_folder(args):
@@ -991,33 +970,31 @@ def from_folder(args):
         images = [folder / row["file"] for row in rows]
         if "identity" in rows[0]:
             people = [row["identity"] for row in rows]
-            numbered = all(map(str.isdecimal, people))  # else in the order of their names
-            table["identities"] = np.unique(people, return_inverse=True)[1]
-            table["identities"] = np.array(people, int) if numbered else table["identities"]
+            if not all(map(str.isdecimal, people)):  # names get numbers, in their order
+                people = np.unique(people, return_inverse=True)[1]
+            table["identities"] = np.array(people, int)
     else:
         known = Image.registered_extensions()
         images = [file for file in sorted(folder.glob("*/*")) if file.suffix.lower() in known]
         if not images:
             fail(f"{folder} has neither labels.csv nor pictures in folders, one folder a class")
         names, targets = np.unique([file.parent.name for file in images], return_inverse=True)
-    by_class = targets.ndim == 1
-    count = np.bincount(targets) if by_class else targets.sum(0)
-    listed = ", ".join(f"{i} {name} ({count[i]})" for i, name in enumerate(names))
-    kind = f"{len(names)} {'classes' if by_class else 'attributes'}"
-    found = f"{len(images):,} pictures of {kind}, {count.min()} at least: {listed[:200]}"
+    kind, count = "attributes", targets.sum(0)
+    if targets.ndim == 1:
+        kind, count = "classes", np.bincount(targets)
+    listed = ", ".join(f"{i} {name} ({count[i]})" for i, name in enumerate(names))[:200]
+    found = f"{len(images):,} pictures of {len(names)} {kind}, {min(count)} at least: {listed}"
     if table:
         count = np.unique(table["identities"], return_counts=True)[1]
-        found += f"; {len(count):,} people, {count.min()} pictures of each at least"
+        found += f"; {len(count):,} people, {min(count)} pictures of each at least"
     elif args.forget == "identities":
         args.forget = "random"
-    say(f"found {found}")
-    say(
-        "needed: at random, ten pictures of a class; by identity, two of each, and 2 * --ids people"
-    )
+    needed = "at least two pictures of each of 2 + 2 * --ids people; or, at random, ten of a class"
+    say(f"found {found}\nneeded: {needed}")
     base = pathlib.Path(args.data_dir) / "prepared" / folder.name
     common.check_writable(base.parent)
-    names_of = [image.relative_to(folder).as_posix() for image in images]
-    table |= {"images": images, "targets": targets, "target_names": names, "names": names_of}
+    table |= {"images": images, "targets": targets, "target_names": names}
+    table["names"] = [os.path.relpath(image, folder) for image in images]
     _write_pair(base, table, args.image_size)
     args.dataset = str(base)
 

@@ -655,9 +655,10 @@ def test_bad_pair_ends_in_one_line(what, tmp_path, capsys):
 
 def test_own_pair_names_what_is_wrong(tmp_path, capsys):
     """A missing column by its name, an array that is no archive, an attribute that never varies."""
-    args, table = make_pair(tmp_path, targets=np.eye(12)[:, :3] * [1, 1, 0]), tmp_path / "mine.npz"
+    targets, hat = np.eye(12)[:, :2] * [1, 0], ["glasses", "hat"]
+    args, table = make_pair(tmp_path, targets=targets, target_names=hat), tmp_path / "mine.npz"
     data.load(args)
-    assert "attribute 2 is 0 in all images" in capsys.readouterr().out
+    assert "all images have the same hat" in capsys.readouterr().out
     np.savez(table, labels=np.arange(12))
     refused(capsys, "no array named targets", data.load, args)
     shutil.copy(tmp_path / "mine.npy", table)
@@ -695,8 +696,9 @@ CSV = {  # labels.csv, what is said of it
     "file,identity,hat\n0.png,7,2": "hat of 0.png is '2'; labels are 0, 1",
     "file,identity,hat\n0.png,7": "hat of 0.png is None",
     "name,identity,hat\n0.png,7,1": "no column file, only name, identity, hat",
-    "file,hat\n0.png,1": "no identity",
-    "file,identity,hat\n0.png,x,1": "no identity",
+    "file,hat\n0.png,1": "no column identity",
+    "file,identity,hat\n0.png,x,1": "identity of 0.png is 'x'",
+    "file,identity,hat\n0.png,,1": "identity of 0.png is ''",
     "file,identity,hat\n": "no rows",
     "file,identity,hat\n1.png,7,1": "1.png",
     "file,identity,h\xfct\n": "UTF-8",
@@ -822,8 +824,8 @@ def test_tinyimagenet_is_downloaded_and_goes_on(server, tmp_path, capsys, monkey
     write_lines(tree / "wnids.txt", ["n1", "n2"])
     archive = shutil.make_archive(tmp_path / "made", "zip", tmp_path, tree.name)
     content = server.files["/x.zip"] = pathlib.Path(archive).read_bytes()
-    right = f"{server.url}/x.zip", hashlib.md5(content).hexdigest()
-    monkeypatch.setattr(data, "TINY_IMAGENET", right)
+    monkeypatch.setattr(data, "TINY_URL", f"{server.url}/x.zip")
+    monkeypatch.setattr(data, "TINY_MD5", hashlib.md5(content).hexdigest())
     shutil.rmtree(tree)
     server.breaks = 1000
     fails(data.load, args)
@@ -837,7 +839,7 @@ def test_tinyimagenet_is_downloaded_and_goes_on(server, tmp_path, capsys, monkey
             shutil.rmtree(tree)
     assert not list(tmp_path.glob("tmp*"))
     args = args_of("tinyimagenet", tmp_path / "new")
-    monkeypatch.setattr(data, "TINY_IMAGENET", (right[0], "0"))
+    monkeypatch.setattr(data, "TINY_MD5", "0")
     refused(capsys, "checksum", data.load, args)
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     fails(data.load, args)
