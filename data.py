@@ -4,11 +4,13 @@ Usage:
     python data.py                                         # draw the toy faces, print the split
     python data.py --dataset digits                        # random-sample unlearning
     python data.py --dataset celebahq --annotations-only   # the split alone, without any picture
+    python data.py --from-folder DIR --image-size 32       # make a pair of your own pictures
 
-Each data set becomes a pair of files once: <data-dir>/prepared/<name>-<size>.npy with the images,
-uint8 (N, H, W, 3), memory-mapped, and an .npz with `targets`, (N, K) in {0, 1} or (N,) classes, and
-where they exist `names` (N,), `target_names` (K,), `identities` (N,), `is_test` (N,) (the test set)
-and `coarse` (N,) (super-classes). For your own data give such a pair: --dataset path/to/name.
+Each data set becomes a pair of files, and again when what it came from has changed:
+<data-dir>/prepared/<name>-<size>.npy with the images, uint8 (N, H, W, 3), memory-mapped, and an
+.npz with `targets`, (N, K) in {0, 1} or (N,) classes, and where they exist `names` (N,),
+`target_names` (K,), `identities` (N,), `is_test` (N,) (the test set) and `coarse` (N,)
+(super-classes). Your own data is such a pair, as --from-folder makes one: --dataset path/to/name.
 
 Departures from the authors' code (the paper is silent): images are squashed to a square once, with
 antialiasing; training crops are cut from that square, and the test image is the square itself.
@@ -39,7 +41,6 @@ import common
 from common import Parser, autocast, fail, rank_and_world, say, wait_for_all
 
 CPU = torch.device("cpu")
-FORMAT = 2  # of prepared pairs: a pair of another format is prepared again
 # What --dataset brings along; a flag on the command line wins. train.py adds the recipes.
 PRESETS = {
     "toyfaces": dict(ids=10),
@@ -397,7 +398,7 @@ def prepare(args) -> pathlib.Path:
 
 def _stamps(args) -> dict:
     """{source: a hash of its texts, and of other files' names, sizes and times; None: absent}."""
-    stamps = {"format": FORMAT}
+    stamps = {"format": 2}  # raised when prepared pairs change
     for source in SOURCES.get(args.dataset, ()):
         top, seen = os.path.join(args.data_dir, source), hashlib.sha256()
         files = [top] if os.path.isfile(top) else []
@@ -479,7 +480,7 @@ def _read_pair(base) -> tuple[np.ndarray, dict]:
         square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
         if not square or images.dtype != np.uint8 or not len(images):
             are = f"{images.dtype} {images.shape}"
-            raise ValueError(f"images must be uint8 (N, S, S, 3), not {are}")
+            raise ValueError(f"images must be uint8 (N, S, S, 3), N > 0, not {are}")
         if "targets" not in table:
             raise ValueError(f"no array named targets in {base}.npz, only {', '.join(table)}")
         for name in [name for name in COLUMNS if name in table]:
@@ -982,7 +983,7 @@ def from_folder(args):
     kind, count = "attributes", targets.sum(0)
     if targets.ndim == 1:
         kind, count = "classes", np.bincount(targets)
-    listed = ", ".join(f"{i} {name} ({count[i]})" for i, name in enumerate(names))[:200]
+    listed = ", ".join([f"{i} {name} ({count[i]})" for i, name in enumerate(names)][:20])
     found = f"{len(images):,} pictures of {len(names)} {kind}, {min(count)} at least: {listed}"
     if table:
         count = np.unique(table["identities"], return_counts=True)[1]
