@@ -4,11 +4,13 @@ Usage:
     python data.py                                         # draw the toy faces, print the split
     python data.py --dataset digits                        # random-sample unlearning
     python data.py --dataset celebahq --annotations-only   # the split alone, without any picture
+    python data.py --from-folder DIR --image-size 32       # make a pair of your own pictures
 
-Each data set becomes a pair of files once: <data-dir>/prepared/<name>-<size>.npy with the images,
-uint8 (N, H, W, 3), memory-mapped, and an .npz with `targets`, (N, K) in {0, 1} or (N,) classes, and
-where they exist `names` (N,), `target_names` (K,), `identities` (N,), `is_test` (N,) (the test set)
-and `coarse` (N,) (super-classes). For your own data give such a pair: --dataset path/to/name.
+Each data set becomes a pair of files, and again when what it came from has changed:
+<data-dir>/prepared/<name>-<size>.npy with the images, uint8 (N, H, W, 3), memory-mapped, and an
+.npz with `targets`, (N, K) in {0, 1} or (N,) classes, and where they exist `names` (N,),
+`target_names` (K,), `identities` (N,), `is_test` (N,) (the test set) and `coarse` (N,)
+(super-classes). Your own data is such a pair, as --from-folder makes one: --dataset path/to/name.
 
 Departures from the authors' code (the paper is silent): images are squashed to a square once, with
 antialiasing; training crops are cut from that square, and the test image is the square itself.
@@ -20,8 +22,13 @@ import hashlib
 import json
 import os
 import pathlib
+import pickle
+import shlex
 import shutil
+import socket
+import tempfile
 import types
+import urllib.request
 
 import numpy as np
 import torch
@@ -34,7 +41,6 @@ import common
 from common import Parser, autocast, fail, rank_and_world, say, wait_for_all
 
 CPU = torch.device("cpu")
-FORMAT = 2  # of prepared pairs: a pair of another format is prepared again
 # What --dataset brings along; a flag on the command line wins. train.py adds the recipes.
 PRESETS = {
     "toyfaces": dict(ids=10),
@@ -144,11 +150,11 @@ def _paint_faces(look: dict, noise) -> np.ndarray:
 # Data sets: readers give `images` as arrays, or as paths of pictures that are not opened yet
 
 
-_CELEBA, _HQ = "celeba/identity_CelebA.txt", "CelebAMask-HQ/CelebA"
+_WHO, _HQ = "celeba/identity_CelebA.txt", "CelebAMask-HQ"
 SOURCES = {  # below --data-dir: a pair is prepared again when one of them has changed
-    "celeba": ["celeba/list_attr_celeba.txt", _CELEBA, "celeba/img_align_celeba"],
-    "celebahq": [f"{_HQ}Mask-HQ-attribute-anno.txt", f"{_HQ}-HQ-identity.txt", _CELEBA]
-    + [f"{_HQ}-HQ-to-CelebA-mapping.txt", f"{_HQ}-HQ-img"],
+    "celeba": [_WHO, "celeba/list_attr_celeba.txt", "celeba/img_align_celeba"],
+    "celebahq": [_WHO, f"{_HQ}/CelebAMask-HQ-attribute-anno.txt", f"{_HQ}/CelebA-HQ-img"]
+    + [f"{_HQ}/CelebA-HQ-identity.txt", f"{_HQ}/CelebA-HQ-to-CelebA-mapping.txt"],
     "qmnist": ["QMNIST/raw"],
     "cifar10": ["cifar10.npz", "cifar-10-batches-py"],
     "cifar100": ["cifar-100-python"],
@@ -175,16 +181,18 @@ def _rows(path) -> list[list[str]]:
 
 def read_celeba(root: pathlib.Path) -> dict:
     """CelebA's annotations, but for the publisher's partition, which the protocol does not use."""
-    table, identities, pictures = (root / name for name in SOURCES["celeba"])
-    source = "(CelebA page of MMLAB, Chinese University of Hong Kong: Align&Cropped Images, Anno)"
+    identities, table, pictures = (root / name for name in SOURCES["celeba"])
+    page = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+    source = f"(of {page}, by hand: Align&Cropped Images, Anno)"
     return _with_attributes("CelebA", source, pictures / "000001.jpg", table, identities)
 
 
 def read_celebahq(root: pathlib.Path) -> dict:
     """CelebA-HQ's annotations; identities from a file of its own, or by the mapping to CelebA."""
-    table, direct, celeba, mapping, pictures = (root / name for name in SOURCES["celebahq"])
+    celeba, table, pictures, direct, mapping = (root / name for name in SOURCES["celebahq"])
     files = (direct,) if direct.is_file() else (celeba, mapping)
-    source = f"(GitHub page of CelebAMask-HQ, page of CelebA; {direct} for the last two would do)"
+    page = "https://github.com/switchablenorms/CelebAMask-HQ"
+    source = f"(of {page} and CelebA's, by hand; {direct} for the last two would do)"
     return _with_attributes("CelebA-HQ", source, pictures / "0.jpg", table, *files)
 
 
@@ -226,15 +234,39 @@ def _from_torchvision(title: str, root, *expected, **options) -> dict:
     """Read a data set of torchvision, which checks the files' md5; its labels are the targets."""
     import torchvision
 
+    kind = getattr(torchvision.datasets, title)
     try:
-        kind = getattr(torchvision.datasets, title)
-        parts = [kind(root, train=train, **options) for train in (True, False)]
+        if title != "QMNIST" and not (root / kind.base_folder).is_dir():
+            _download(kind.url, root / kind.filename, kind.tgz_md5)  # torchvision cannot go on
+        parts = [kind(root, train=train, download=True, **options) for train in (True, False)]
     except Exception as error:  # missing or damaged files, no network: each raises something else
         _incomplete(title, f" ({' '.join(str(error).split())[:80]})", *expected)
     images = np.concatenate([np.asarray(part.data) for part in parts])
     targets = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
     is_test, names = np.repeat([False, True], [len(part.data) for part in parts]), parts[0].classes
     return {"images": images, "targets": targets, "target_names": names, "is_test": is_test}
+
+
+def _download(url: str, path: pathlib.Path, md5: str):
+    """Fetch a file that is not there; goes on where an interrupted download stopped."""
+    part = path.with_name(f"{path.name}.part")
+    if path.is_file():
+        return
+    # The last byte once more: a range that begins at the end of a whole file is an error.
+    start = max(0, part.stat().st_size - 1) if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
+    with urllib.request.urlopen(request) as answer, open(part, "ab") as file:
+        start = start if answer.status == 206 else 0  # 200: the server sends all of it again
+        total = start + answer.length
+        say(f"downloading {url}: {total / 2**20:,.0f} MiB, {start / 2**20:,.0f} are there")
+        file.truncate(start)
+        with tqdm.wrapattr(answer, "read", total=total, initial=start, disable=None) as body:
+            shutil.copyfileobj(body, file)
+    if part.stat().st_size < total:
+        raise OSError("the connection broke; the same command goes on")
+    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+        fail(f"{part} has not the publisher's checksum; delete it and start again")
+    part.replace(path)
 
 
 def read_digits(root: pathlib.Path) -> dict:
@@ -250,18 +282,23 @@ def read_digits(root: pathlib.Path) -> dict:
 def read_qmnist(root: pathlib.Path) -> dict:
     """QMNIST: 10 digits, 120,000 scans, the writer as identity; torchvision fetches the files."""
     files = f"{root}/QMNIST/raw/qmnist-{{train,test}}-{{images-idx3-ubyte,labels-idx2-int}}.gz"
-    options = {"compat": False, "download": True}
-    table = _from_torchvision("QMNIST", root, files, "(they could not be downloaded)", **options)
+    if not (root / "QMNIST" / "raw").is_dir():
+        say(f"downloading QMNIST: 20 MiB to {root}")
+    page = "from https://github.com/facebookresearch/qmnist"
+    table = _from_torchvision("QMNIST", root, files, page, compat=False)
     labels = table["targets"]  # (N, 8): class, series, writer, ...
     people = {"identities": labels[:, 2], "target_names": list("0123456789")}
     return {"images": table["images"], "targets": labels[:, 0], **people}
+
+
+_CIFAR = "from https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 def read_cifar10(root: pathlib.Path) -> dict:
     """CIFAR-10 from the publisher's files, or from one array file, for re-encoded copies."""
     path, folder = (root / name for name in SOURCES["cifar10"])
     if not path.is_file() or folder.is_dir():
-        files = f"{root}/cifar-10-batches-py/ of cifar-10-python.tar.gz, from the CIFAR page"
+        files = f"{folder}/ of cifar-10-python.tar.gz, {_CIFAR}"
         array = f"(or {path} with images (60000, 32, 32, 3) uint8, label, is_test)"
         return _from_torchvision("CIFAR10", root, files, array)
     try:
@@ -279,35 +316,17 @@ def read_cifar10(root: pathlib.Path) -> dict:
 
 def read_cifar100(root: pathlib.Path) -> dict:
     """CIFAR-100 with both label sets; torchvision has no super-classes."""
-    files = f"{root}/cifar-100-python/ of cifar-100-python.tar.gz, from the CIFAR page"
-    table, groups = _from_torchvision("CIFAR100", root, files), enumerate(CIFAR100_COARSE.values())
-    coarse_of = {name: number for number, group in groups for name in group.split()}
-    coarse = np.array([coarse_of[name] for name in table["target_names"]])[table["targets"]]
-    return table | {"coarse": coarse, "coarse_names": list(CIFAR100_COARSE)}
+    folder = root / "cifar-100-python"
+    table = _from_torchvision("CIFAR100", root, f"{folder}/ of cifar-100-python.tar.gz, {_CIFAR}")
+    # torchvision has just checked these pickles' md5.
+    files = [(folder / name).read_bytes() for name in ("train", "test", "meta")]
+    train, test, meta = (pickle.loads(content, encoding="latin1") for content in files)
+    coarse = np.array(train["coarse_labels"] + test["coarse_labels"])
+    return table | {"coarse": coarse, "coarse_names": meta["coarse_label_names"]}
 
 
-CIFAR100_COARSE = {  # the publisher's table (Krizhevsky 2009)
-    "aquatic_mammals": "beaver dolphin otter seal whale",
-    "fish": "aquarium_fish flatfish ray shark trout",
-    "flowers": "orchid poppy rose sunflower tulip",
-    "food_containers": "bottle bowl can cup plate",
-    "fruit_and_vegetables": "apple mushroom orange pear sweet_pepper",
-    "household_electrical_devices": "clock keyboard lamp telephone television",
-    "household_furniture": "bed chair couch table wardrobe",
-    "insects": "bee beetle butterfly caterpillar cockroach",
-    "large_carnivores": "bear leopard lion tiger wolf",
-    "large_man-made_outdoor_things": "bridge castle house road skyscraper",
-    "large_natural_outdoor_scenes": "cloud forest mountain plain sea",
-    "large_omnivores_and_herbivores": "camel cattle chimpanzee elephant kangaroo",
-    "medium_mammals": "fox porcupine possum raccoon skunk",
-    "non-insect_invertebrates": "crab lobster snail spider worm",
-    "people": "baby boy girl man woman",
-    "reptiles": "crocodile dinosaur lizard snake turtle",
-    "small_mammals": "hamster mouse rabbit shrew squirrel",
-    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
-    "vehicles_1": "bicycle bus motorcycle pickup_truck train",
-    "vehicles_2": "lawn_mower rocket streetcar tank tractor",
-}
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 def read_tinyimagenet(root: pathlib.Path) -> dict:
@@ -315,7 +334,16 @@ def read_tinyimagenet(root: pathlib.Path) -> dict:
     folder = root / "tiny-imagenet-200"
     listing, annotations = folder / "wnids.txt", folder / "val" / "val_annotations.txt"
     pictures = f"{folder}/train/<class>/images/*.JPEG and val/images/*.JPEG"
-    files = listing, annotations, pictures, "(tiny-imagenet-200.zip, from the CS231n page)"
+    files = listing, annotations, pictures, f"(of {TINY_URL})"
+    if not folder.is_dir():
+        try:
+            _download(TINY_URL, path := folder.with_suffix(".zip"), TINY_MD5)
+            say(f"unpacking {path}")
+            with tempfile.TemporaryDirectory(dir=root) as inside:  # all of it is there, or nothing
+                shutil.unpack_archive(path, inside)
+                os.replace(f"{inside}/{folder.name}", folder)
+        except Exception as error:  # no network, a damaged file, a full disk
+            _incomplete("Tiny-ImageNet", f" ({error})", *files)
     if not listing.is_file() or not annotations.is_file():
         _incomplete("Tiny-ImageNet", "", *files)
     classes = _text(listing).split()
@@ -356,34 +384,29 @@ def prepare(args) -> pathlib.Path:
     base = pathlib.Path(args.data_dir) / "prepared" / f"{args.dataset}-{args.image_size}"
     if rank_and_world()[0] == 0:
         common.remove_leftovers(base.parent)
-    if rank_and_world()[0] == 0 and not _is_ready(base, _stamps(args)):
-        common.check_writable(base.parent)
-        if args.dataset == "toyfaces":
-            table = draw_toyfaces(size=args.image_size)
-        else:
-            table = READERS[args.dataset](pathlib.Path(args.data_dir))
-        _write_pair(base, table, args.image_size, stamps=json.dumps(_stamps(args)))
+        if not _is_ready(base, _stamps(args)):
+            common.check_writable(base.parent)
+            socket.setdefaulttimeout(20)  # seconds that a download waits for an answer
+            if args.dataset == "toyfaces":
+                table = draw_toyfaces(size=args.image_size)
+            else:
+                table = READERS[args.dataset](pathlib.Path(args.data_dir))
+            _write_pair(base, table, args.image_size, stamps=json.dumps(_stamps(args)))
     wait_for_all()
     return base
 
 
 def _stamps(args) -> dict:
-    """{source: a hash of each file's name, and of its content (texts) or size and time (others)}.
-
-    None where there is no file: a prepared pair is enough without its sources.
-    """
-    stamps = {"format": FORMAT}
+    """{source: a hash of its texts, and of other files' names, sizes and times; None: absent}."""
+    stamps = {"format": 2}  # raised when prepared pairs change
     for source in SOURCES.get(args.dataset, ()):
         top, seen = os.path.join(args.data_dir, source), hashlib.sha256()
         files = [top] if os.path.isfile(top) else []
         files += [os.path.join(*at, name) for *at, _, names in os.walk(top) for name in names]
         for file in sorted(files):
-            seen.update(os.path.basename(file).encode())
-            if file.endswith(".txt"):
-                seen.update(pathlib.Path(file).read_bytes())
-            else:
-                state = os.stat(file)
-                seen.update(f"{state.st_size} {state.st_mtime_ns}".encode())
+            state = os.stat(file)
+            what = f"{os.path.basename(file)} {state.st_size} {state.st_mtime_ns}".encode()
+            seen.update(pathlib.Path(file).read_bytes() if file.endswith(".txt") else what)
         stamps[source] = seen.hexdigest() if files else None
     return stamps
 
@@ -393,6 +416,7 @@ def _is_ready(base, stamps: dict) -> bool:
         before = json.loads(str(_read_npz(f"{base}.npz")["stamps"]))
     except Exception:  # not there, damaged, or of another version
         return False
+    # A prepared pair is enough without its sources.
     same = all(stamp in (None, before.get(source)) for source, stamp in stamps.items())
     return same and pathlib.Path(f"{base}.npy").is_file()
 
@@ -410,10 +434,7 @@ def _read_npz(path) -> dict:
 
 
 def _write_images(sources, base, size: int) -> str:
-    """Write arrays or pictures to base.npy, in blocks: memory stays flat at 202,599 pictures.
-
-    Returns the images' SHA-256.
-    """
+    """Write arrays or pictures to base.npy in blocks, so that memory stays flat; their SHA-256."""
     count, digest = len(sources), hashlib.sha256()
     absent = [path for path in sources if isinstance(path, pathlib.Path) and not path.is_file()]
     if absent:
@@ -421,9 +442,8 @@ def _write_images(sources, base, size: int) -> str:
     room = count * size * size * 3 + 2**27
     needs = f"{count:,} images at {size} px need {room / 2**30:.1f} GiB of disk in {base.parent}"
     say(f"{base.name}: {needs}")
-    if (free := shutil.disk_usage(base.parent).free) < room:
-        there = f"{free / 2**30:.1f} GiB are free"
-        fail(f"{needs}, where {there}; change --data-dir or lower --image-size")
+    if shutil.disk_usage(base.parent).free < room:
+        fail(f"no room: {needs}; change --data-dir or lower --image-size")
     # Threads are enough: Pillow decodes and resizes outside Python's lock.
     pool = concurrent.futures.ThreadPoolExecutor()
     with pool, common.atomic_write(f"{base}.npy") as path:
@@ -458,14 +478,12 @@ def _read_pair(base) -> tuple[np.ndarray, dict]:
         # Copy-on-write: torch wants a writable array, and the file must stay as it is.
         images, table = np.load(f"{base}.npy", mmap_mode="c"), _read_npz(f"{base}.npz")
         square = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] == images.shape[2]
-        if not len(images):
-            raise ValueError("it holds no images")
-        if not square or images.dtype != np.uint8:
+        if not square or images.dtype != np.uint8 or not len(images):
             are = f"{images.dtype} {images.shape}"
-            raise ValueError(f"images must be uint8 (N, S, S, 3), not {are}")
+            raise ValueError(f"images must be uint8 (N, S, S, 3), N > 0, not {are}")
         if "targets" not in table:
             raise ValueError(f"no array named targets in {base}.npz, only {', '.join(table)}")
-        for name in sorted(COLUMNS & set(table)):
+        for name in [name for name in COLUMNS if name in table]:
             table[name] = _column(name, table[name], len(images))
         targets, names = table["targets"], len(table.get("target_names", ()))
         if names and names != (targets.shape[1] if targets.ndim == 2 else targets.max() + 1):
@@ -475,20 +493,23 @@ def _read_pair(base) -> tuple[np.ndarray, dict]:
     return images, table
 
 
-COLUMNS = {"targets", "identities", "is_test", "coarse"}
+COLUMNS = {  # of one's own pair, and what they must be
+    "targets": "classes (N,) numbered from 0 without gaps, or attributes (N, K) of 0 and 1",
+    "identities": "whole numbers (N,) from 0",
+    "is_test": "true or false (N,)",
+    "coarse": "classes (N,) numbered from 0 without gaps",
+}
 
 
 def _column(name: str, values: np.ndarray, n: int) -> np.ndarray:
     """A column of n images as int64, is_test as bool; raises ValueError where it cannot be one."""
     shape = (n, *values.shape[1:2]) if name == "targets" else (n,)
-    if values.shape != shape or not values.size or values.dtype.kind not in "biuf":
-        wanted = f"({n},) or ({n}, K)" if name == "targets" else f"({n},)"
-        raise ValueError(f"{name} must be numbers {wanted}, not {values.dtype} {values.shape}")
-    # Classes without gaps are fewer than the images; NaN compares as false.
+    # Classes without gaps are fewer than the images.
     most = {"identities": 2**63 - 1, "is_test": 1}.get(name, n - 1 if values.ndim == 1 else 1)
-    if not ((values >= 0) & (values <= most) & (values == np.floor(values))).all():
-        kind = "classes numbered from 0 without gaps" if most == n - 1 else "whole numbers"
-        raise ValueError(f"{name} must be {kind}, from 0 to {most}")
+    fits = values.shape == shape and values.size > 0 and values.dtype.kind in "biuf"
+    # NaN compares as false.
+    if not fits or not ((values >= 0) & (values <= most) & (values == np.floor(values))).all():
+        raise ValueError(f"{name} must be {COLUMNS[name]}, N = {n:,}")
     return values.astype(bool if name == "is_test" else np.int64)
 
 
@@ -506,7 +527,7 @@ def load(args, device=CPU) -> dict:
     else:
         for i in range(0, len(images), 256):  # 2 GB/s
             digest.update(np.ascontiguousarray(images[i : i + 256]))
-    for name in sorted(COLUMNS & set(table)):
+    for name in [name for name in COLUMNS if name in table]:
         digest.update(name.encode() + table[name].tobytes())
     groups = targets if targets.ndim == 1 else None
     if args.forget == "subclass":  # the model learns super-classes; a member of one is forgotten
@@ -514,7 +535,9 @@ def load(args, device=CPU) -> dict:
             fail(f"--forget subclass needs super-classes; {args.dataset} has none, cifar100 has")
         targets = table["coarse"]
         table["target_names"] = table.get("coarse_names", np.unique(targets).astype(str))
-    _check_that_labels_differ(args.dataset, targets, table.get("target_names"))
+    same = (targets == targets[0]).all(0)  # () or (K,)
+    if same.all():
+        fail(f"{args.dataset}: all images have the same label; two classes, or values, are needed")
     targets = torch.from_numpy(targets).to(torch.float32 if targets.ndim == 2 else torch.int64)
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     args.image_size, images = images.shape[1], torch.from_numpy(images)
@@ -526,17 +549,10 @@ def load(args, device=CPU) -> dict:
     data["digest"] = digest.hexdigest()[:16]
     data["names"] = table.get("names", np.arange(len(targets)).astype(str))
     data["target_names"] = table.get("target_names", np.arange(classes).astype(str))
+    if same.any():
+        few = ", ".join(data["target_names"][np.flatnonzero(same)])
+        say(f"{data['name']}: all images have the same {few}; no model can learn it")
     return flip_labels(data, args.label_noise, args.split_seed) if args.label_noise else data
-
-
-def _check_that_labels_differ(dataset, targets, names=None):
-    """Refuse targets that are all equal; say which attributes all images agree in."""
-    same = (targets == targets[0]).all(0)  # () or (K,)
-    if same.all():
-        fail(f"{dataset}: all images have the same label; two classes, or values, are needed")
-    for k in np.flatnonzero(same):
-        name = k if names is None else names[k]
-        say(f"{dataset}: attribute {name} is {targets[0, k]} in all images; no model can learn it")
 
 
 def flip_labels(data: dict, share: float, split_seed: int) -> dict:
@@ -888,8 +904,8 @@ def write_pictures(data: dict, indices, folder):
         with common.atomic_write(folder / f"{i}.png") as temporary:
             Image.fromarray(data["images"][i].cpu().numpy()).save(temporary, format="PNG")
         label = data["targets"][i].int().tolist()
-        label = label if multilabel else [names[label]]
-        rows.append([f"{i}.png", int(data["identities"][i]), *label])
+        rows.append([f"{i}.png", int(data["identities"][i])])
+        rows[-1] += label if multilabel else [names[label]]
     with common.atomic_write(folder / "labels.csv") as path, open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     say(f"pictures and labels.csv written to {folder}")
@@ -898,28 +914,31 @@ def write_pictures(data: dict, indices, folder):
 def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
     """Read a CSV file with columns file, identity, and class or one of 0 and 1 for each attribute.
 
-    names: the classes or attributes to expect, None: those that it has. Returns its rows, targets
-    (N,) or (N, K), names. Raises SystemExit(2) for a column or label that is missing or wrong.
+    names: the classes or attributes to expect, and identities by number; None: whatever it has.
+    Returns its rows, targets (N,) or (N, K), names. Raises SystemExit(2) for a column or value that
+    is missing or wrong.
     """
     text = _text(table)
     mark = max(",;\t", key=text.partition("\n")[0].count)  # spreadsheets write any of the three
-    rows = list(csv.DictReader(text.splitlines(), delimiter=mark))
+    rows = list(csv.DictReader(text.splitlines(), delimiter=mark, skipinitialspace=True))
     if not rows:
         fail(f"{table} has no rows")
-    if names is None:
-        names = [column for column in rows[0] if column not in ("file", "identity")]
-        multilabel = names != ["class"]
-        names = names if multilabel else sorted({row["class"] for row in rows})
+    found, own = [c for c in rows[0] if c and c not in ("file", "identity")], names is None
+    if own and found not in ([], ["class"]):
+        names, multilabel = found, True
     columns = names if multilabel else ["class"]
-    for column in ("file", *columns):
+    for column in ("file", *([] if own else ["identity"]), *columns):
         if column not in rows[0]:
             fail(f"{table} has no column {column}, only {', '.join(map(str, rows[0]))}")
+    names = names or sorted({str(row["class"]) for row in rows})
     number = {label: i for i, label in enumerate("01" if multilabel else names)}
     for row in rows:
-        for column in columns:
-            if row[column] not in number:
-                known = ", ".join(number)[:60]
-                fail(f"{table}: {column} of {row['file']} is {row[column]!r}, not one of {known}")
+        wrong = [column for column in columns if row[column] not in number]
+        wrong += [column for column in ("file", "identity") if not row.get(column, "absent")]
+        wrong += [] if own or row["identity"].isdecimal() else ["identity"]
+        if wrong:
+            known = f"; labels are {', '.join(number)}"[:60]
+            fail(f"{table}: {wrong[0]} of {row['file']} is {row[wrong[0]]!r}{known}")
     targets = np.array([[number[row[column]] for column in columns] for row in rows])  # (N, K)
     return rows, targets if multilabel else targets[:, 0], names
 
@@ -927,44 +946,86 @@ def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
 def read_pictures(folder, names: list, multilabel: bool, size: int) -> tuple:
     """Read what write_pictures writes: images (N, 3, size, size) in [0, 1], targets, identities.
 
-    names: of the attributes or classes. Raises SystemExit(2) for a file, column or label that is
-    missing or wrong.
+    names: of the attributes or classes. Raises SystemExit(2) as read_labels, or for a picture.
     """
     table = pathlib.Path(folder) / "labels.csv"
     if not table.is_file():
         columns = ", ".join(["file", "identity", *(names[:3] if multilabel else ["class"])])
         fail(f"--support {folder}: no labels.csv there (columns: {columns} ...)")
     rows, targets, _ = read_labels(table, names, multilabel)
-    images, people = [], []
-    for row in rows:
-        try:
-            people.append(int(row["identity"]))
-        except (KeyError, ValueError, TypeError):
-            fail(f"{table}: the row of {row['file']} has no identity, a whole number")
-        images.append(_decode(table.parent / row["file"], size))
-        if isinstance(images[-1], str):
-            fail(f"{table}: {images[-1]} cannot be used as a picture")
+    images = [_decode(table.parent / row["file"], size) for row in rows]
+    for broken in [image for image in images if isinstance(image, str)]:
+        fail(f"{table}: {broken} cannot be used as a picture")
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    return images, torch.from_numpy(targets), people
+    return images, torch.from_numpy(targets), [int(row["identity"]) for row in rows]
+
+
+def from_folder(args):
+    """Prepare a pair from the pictures of --from-folder, and say what was found there.
+
+    labels.csv names the pictures; without it each folder is a class. Sets --dataset to the pair,
+    <data-dir>/prepared/<the folder's name>, and --forget to random where there are no identities.
+    """
+    folder, table = pathlib.Path(args.from_folder).resolve(), {}
+    if (folder / "labels.csv").is_file():
+        rows, targets, names = read_labels(folder / "labels.csv")
+        images = [folder / row["file"] for row in rows]
+        if "identity" in rows[0]:
+            people = [row["identity"] for row in rows]
+            if not all(map(str.isdecimal, people)):  # names get numbers, in their order
+                people = np.unique(people, return_inverse=True)[1]
+            table["identities"] = np.array(people, int)
+    else:
+        known = Image.registered_extensions()
+        images = [file for file in sorted(folder.glob("*/*")) if file.suffix.lower() in known]
+        if not images:
+            fail(f"{folder} has neither labels.csv nor pictures in folders, one folder a class")
+        names, targets = np.unique([file.parent.name for file in images], return_inverse=True)
+    kind, count = "attributes", targets.sum(0)
+    if targets.ndim == 1:
+        kind, count = "classes", np.bincount(targets)
+    listed = ", ".join([f"{i} {name} ({count[i]})" for i, name in enumerate(names)][:20])
+    found = f"{len(images):,} pictures of {len(names)} {kind}, {min(count)} at least: {listed}"
+    if table:
+        count = np.unique(table["identities"], return_counts=True)[1]
+        found += f"; {len(count):,} people, {min(count)} pictures of each at least"
+    elif args.forget == "identities":
+        args.forget = "random"
+    needed = "at least two pictures of each of 2 + 2 * --ids people; or, at random, ten of a class"
+    say(f"found {found}\nneeded: {needed}")
+    base = pathlib.Path(args.data_dir) / "prepared" / folder.name
+    common.check_writable(base.parent)
+    table |= {"images": images, "targets": targets, "target_names": names}
+    table["names"] = [os.path.relpath(image, folder) for image in images]
+    _write_pair(base, table, args.image_size)
+    args.dataset = str(base)
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     common.add_shared_arguments(parser)
+    text = "prepare your own pictures: folders by class, or labels.csv (file, identity, labels)"
+    parser.add_argument("--from-folder", metavar="DIR", help=text)
     parser.add_argument("--annotations-only", action="store_true", help="split without any picture")
     return common.parse_with_presets(parser, PRESETS, argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if not args.annotations_only:
-        data = load(args)
-    elif args.dataset in ("celeba", "celebahq"):
+    if args.annotations_only:
+        if args.dataset not in ("celeba", "celebahq") or args.forget != "identities":
+            fail("--annotations-only is for celeba and celebahq, and --forget identities")
         data = READERS[args.dataset](pathlib.Path(args.data_dir))
         data |= {"name": args.dataset, "digest": "annotations"}
     else:
-        fail("--annotations-only is for celeba and celebahq")
+        if args.from_folder:
+            from_folder(args)
+        data = load(args)
     print(describe(data, make_split(data, args)))
+    if args.from_folder:
+        by_identity = args.forget == "identities"
+        script = f"metaunlearn.py --ids {args.ids}" if by_identity else "ltu.py --forget random"
+        print(f"next: python {script} --dataset {shlex.quote(args.dataset)}")
 
 
 if __name__ == "__main__":

@@ -4,22 +4,30 @@ python -m pytest tests/test_data.py
 """
 
 import functools
+import hashlib
+import http.server
 import itertools
 import os
 import pathlib
+import pickle
+import shlex
 import shutil
 import subprocess
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 import torchvision.transforms.functional as TF
 from conftest import refused
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import data
+import ltu
+import metaunlearn
 from common import build_model, generator
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "celeba_anno"
@@ -479,8 +487,13 @@ def test_qmnist_reader(tmp_path):
     assert (d["images"] == d["targets"][:, None, None, None] * 20).all()
 
 
-def test_missing_dataset_explains_itself(tmp_path, capsys):
+def no_network(*_):
+    raise OSError("no network")
+
+
+def test_missing_dataset_explains_itself(tmp_path, capsys, monkeypatch):
     """The expected tree under this --data-dir, and the command that needs no download."""
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     make_celebahq(tmp_path / "unknown")
     (tmp_path / "unknown" / "celeba" / WHO).unlink()
     make_qmnist(tmp_path / "damaged")
@@ -500,6 +513,8 @@ def test_missing_dataset_explains_itself(tmp_path, capsys):
         assert all(f"{tmp_path / root}/{file}" in message for file in tree), message
         assert "python metaunlearn.py --dataset toyfaces" in message
     refused(capsys, "celebahq", data.load, args_of("celebhq", tmp_path))  # lists the names
+    annotations = ["--dataset", "celeba", "--annotations-only", "--forget", "random"]
+    refused(capsys, "--forget identities", data.main, annotations)
     make_celebahq(tmp_path)
     lines = (tmp_path / mapping).read_text().splitlines()
     write_lines(tmp_path / mapping, lines[:-1])
@@ -640,9 +655,10 @@ def test_bad_pair_ends_in_one_line(what, tmp_path, capsys):
 
 def test_own_pair_names_what_is_wrong(tmp_path, capsys):
     """A missing column by its name, an array that is no archive, an attribute that never varies."""
-    args, table = make_pair(tmp_path, targets=np.eye(12)[:, :3] * [1, 1, 0]), tmp_path / "mine.npz"
+    targets, hat = np.eye(12)[:, :2] * [1, 0], ["glasses", "hat"]
+    args, table = make_pair(tmp_path, targets=targets, target_names=hat), tmp_path / "mine.npz"
     data.load(args)
-    assert "attribute 2 is 0 in all images" in capsys.readouterr().out
+    assert "all images have the same hat" in capsys.readouterr().out
     np.savez(table, labels=np.arange(12))
     refused(capsys, "no array named targets", data.load, args)
     shutil.copy(tmp_path / "mine.npy", table)
@@ -677,11 +693,12 @@ def test_photographs_are_turned_upright(orientation, width, tmp_path):
 
 
 CSV = {  # labels.csv, what is said of it
-    "file,identity,hat\n0.png,7,2": "hat of 0.png is '2', not one of 0, 1",
+    "file,identity,hat\n0.png,7,2": "hat of 0.png is '2'; labels are 0, 1",
     "file,identity,hat\n0.png,7": "hat of 0.png is None",
     "name,identity,hat\n0.png,7,1": "no column file, only name, identity, hat",
-    "file,hat\n0.png,1": "no identity",
-    "file,identity,hat\n0.png,x,1": "no identity",
+    "file,hat\n0.png,1": "no column identity",
+    "file,identity,hat\n0.png,x,1": "identity of 0.png is 'x'",
+    "file,identity,hat\n0.png,,1": "identity of 0.png is ''",
     "file,identity,hat\n": "no rows",
     "file,identity,hat\n1.png,7,1": "1.png",
     "file,identity,h\xfct\n": "UTF-8",
@@ -705,6 +722,161 @@ def test_labels_from_any_spreadsheet(mark, tmp_path):
         (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig", newline="")
         _, targets, people = data.read_pictures(tmp_path, names, column == "hat", 8)
         assert targets.tolist() == ([[1]] if column == "hat" else [1]) and people == [7]
+
+
+def pictures(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10), (i, 0, 0)).save(folder / name)
+
+
+def prepared(folder, tmp_path, capsys, *more):
+    """What --from-folder prints, and the data as the command printed at its end loads it."""
+    flags = ["--data-dir", str(tmp_path), "--image-size", "16", *more]
+    data.main(["--from-folder", str(folder), *flags])
+    out = capsys.readouterr().out
+    script, *argv = shlex.split(out.rpartition("next: python ")[2])
+    module = {"ltu.py": ltu, "metaunlearn.py": metaunlearn}[script]
+    args = module.parse_args(argv)
+    d = data.load(args)
+    return out, d, data.make_split(d, args)
+
+
+def test_pair_from_one_folder_a_class(tmp_path, capsys):
+    names = [f"{kind}/{i:02d}.png" for kind in ("cat", "dog", "emu") for i in range(20)]
+    pictures(tmp_path / "my pets", names)
+    (tmp_path / "my pets" / "cat" / "notes.txt").touch()
+    out, d, split = prepared(tmp_path / "my pets", tmp_path, capsys)
+    assert "found 60 pictures of 3 classes, 20 at least: 0 cat (20), 1 dog (20), 2 emu (20)" in out
+    assert d["images"][:, 3, 3, 0].tolist() == list(range(60)) and d["images"].shape[1] == 16
+    assert d["targets"].tolist() == [0] * 20 + [1] * 20 + [2] * 20 and len(split["test"]) == 15
+    assert d["names"].tolist() == names and d["target_names"].tolist() == ["cat", "dog", "emu"]
+    empty = ["--from-folder", str(tmp_path / "my pets" / "cat")]
+    refused(capsys, "one folder a class", data.main, empty)
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_pair_from_people_in_a_table(numbered, tmp_path, capsys):
+    """Attributes, and identities by number or name; what is missing, or too little, is said."""
+    files, folder = [f"{i}.png" for i in range(90)], tmp_path / "faces"
+    pictures(folder, files)
+    who = [100 + i // 3 if numbered else f"Anna {i // 3:02d}" for i in range(90)]
+    rows = [f"{who[i]};{files[i]};{i % 2};{i // 45}" for i in range(90)]
+    write_lines(folder / "labels.csv", ["identity;file;hat;beard", *rows])
+    out, d, split = prepared(folder, tmp_path, capsys, "--ids", "4")
+    assert "2 attributes, 45 at least: 0 hat (45), 1 beard (45); 30 people, 3 pictures" in out
+    assert d["identities"].tolist() == [100 * numbered + i // 3 for i in range(90)]
+    assert d["targets"].tolist() == [[i % 2, i // 45] for i in range(90)]
+    assert len(split["support"]) == 4 and d["target_names"].tolist() == ["hat", "beard"]
+    argv = ["--from-folder", str(folder), "--data-dir", str(tmp_path)]
+    refused(capsys, "only 17 training identities", data.main, [*argv, "--ids", "18"])
+    (folder / "7.png").unlink()
+    refused(capsys, "1 of 90 annotated images are missing", data.main, argv)
+    write_lines(folder / "labels.csv", ["identity,file", "1,0.png"])
+    refused(capsys, "no column class", data.main, argv)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An HTTP server on this machine: {path: content} and what was asked of it, [(path, range)].
+
+    `server.breaks` is the number of bytes after which the next answer stops.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content, asked = self.server.files[self.path], self.headers["Range"]
+            self.server.asked.append((self.path, asked))
+            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start : self.server.breaks])
+            self.server.breaks = None
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.asked, server.breaks = {}, [], None
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("no_proxy", "*")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fails(call, *arguments):
+    with pytest.raises(SystemExit) as end:
+        call(*arguments)
+    assert end.value.code == 2
+
+
+def test_tinyimagenet_is_downloaded_and_goes_on(server, tmp_path, capsys, monkeypatch):
+    """A broken download goes on, nothing comes twice; a wrong checksum and no network are said."""
+    tree, args = tmp_path / "tiny-imagenet-200", args_of("tinyimagenet", tmp_path)
+    pictures(tree, [f"train/n{k}/images/{i}.JPEG" for k in (1, 2) for i in range(5)])
+    pictures(tree, ["val/images/0.JPEG"])
+    write_lines(tree / "val" / "val_annotations.txt", ["0.JPEG\tn2"])
+    write_lines(tree / "wnids.txt", ["n1", "n2"])
+    archive = shutil.make_archive(tmp_path / "made", "zip", tmp_path, tree.name)
+    content = server.files["/x.zip"] = pathlib.Path(archive).read_bytes()
+    monkeypatch.setattr(data, "TINY_URL", f"{server.url}/x.zip")
+    monkeypatch.setattr(data, "TINY_MD5", hashlib.md5(content).hexdigest())
+    shutil.rmtree(tree)
+    server.breaks = 1000
+    fails(data.load, args)
+    assert "the connection broke" in capsys.readouterr().err
+    for time in range(3):  # with the rest of the archive, with the archive, with the tree
+        d = data.load(args)
+        assert d["targets"].tolist() == [0] * 5 + [1] * 6 and d["is_test"].sum() == 1
+        assert server.asked == [("/x.zip", "bytes=0-"), ("/x.zip", "bytes=999-")]
+        shutil.rmtree(tmp_path / "prepared")
+        if time == 0:
+            shutil.rmtree(tree)
+    assert not list(tmp_path.glob("tmp*"))
+    args = args_of("tinyimagenet", tmp_path / "new")
+    monkeypatch.setattr(data, "TINY_MD5", "0")
+    refused(capsys, "checksum", data.load, args)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    fails(data.load, args)
+    assert "Tiny-ImageNet is not complete (no network)" in capsys.readouterr().err
+
+
+def test_cifar100_is_downloaded_with_its_super_classes(server, tmp_path, capsys, monkeypatch):
+    """torchvision reads the fine labels, we read the coarse ones from the same checked files."""
+    cifar, folder, md5 = torchvision.datasets.CIFAR100, tmp_path / "cifar-100-python", {}
+    folder.mkdir()
+    names = {"fine_label_names": ["apple", "bee", "pear"], "coarse_label_names": ["fruit", "bugs"]}
+    contents, label = {"meta": names}, np.arange(30) % 3
+    for part, images in (("train", np.arange(20)), ("test", np.arange(20, 30))):
+        pixels = np.repeat(images[:, None], 3072, 1).astype(np.uint8)
+        coarse = (label[images] == 1).astype(int).tolist()
+        labels = {"fine_labels": label[images].tolist(), "coarse_labels": coarse}
+        contents[part] = {"data": pixels, **labels}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    archive = shutil.make_archive(tmp_path / "made", "gztar", tmp_path, folder.name)
+    server.files["/c.tar.gz"] = pathlib.Path(archive).read_bytes()
+    shutil.rmtree(folder)
+    monkeypatch.setattr(cifar, "url", f"{server.url}/c.tar.gz")
+    monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5(server.files["/c.tar.gz"]).hexdigest())
+    for part in ("train", "test"):
+        monkeypatch.setattr(cifar, f"{part}_list", [[part, md5[part]]])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": md5["meta"]})
+    fine = data.load(args_of("cifar100", tmp_path))
+    assert "c.tar.gz: 0 MiB" in capsys.readouterr().out
+    assert fine["targets"].tolist() == label.tolist() and fine["target_names"][2] == "pear"
+    assert fine["images"][:, 0, 0, 0].tolist() == list(range(30)) and fine["is_test"].sum() == 10
+    subclass = ["--forget", "subclass", "--forget-classes", "0"]
+    coarse = data.load(args_of("cifar100", tmp_path, *subclass))
+    assert coarse["targets"].tolist() == (label == 1).astype(int).tolist()
+    assert coarse["target_names"].tolist() == ["fruit", "bugs"] and coarse["classes"] == 2
+    assert np.array_equal(coarse["groups"], label) and len(server.asked) == 1
 
 
 @pytest.fixture
