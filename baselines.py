@@ -50,6 +50,7 @@ from common import (
 from data import (
     augment,
     draw_augmentation,
+    of_tensors,
     predict,
     random_labels,
     raw_batch,
@@ -238,7 +239,7 @@ def fisher_diagonal(model, data, indices, rng) -> dict:
     total = {k: wide(torch.zeros_like(p)) for k, p in model.named_parameters()}
     for g in label_gradients(model, data, indices, rng):
         for k in total:
-            total[k] += wide(g[k]).pow(2).sum(0)
+            total[k] += wide(g[k].pow(2).sum(0))
     return {k: t / len(indices) for k, t in total.items()}
 
 
@@ -299,7 +300,11 @@ def badt(student, data, have, args, rng):
     (published: a random 30 %; see --rho), times T^2, which is 1 at the published T.
     """
     good = copy.deepcopy(student)
-    bad = build_model(args.model, data["classes"], args.image_size, seed=3 * args.seed + 2)
+    seed = 3 * args.seed + 2
+    if isinstance(student, common.Own):
+        bad = student.untrained(seed)
+    else:
+        bad = build_model(args.model, data["classes"], args.image_size, seed=seed)
     bad = bad.to(data["device"]).eval()
     forget, union = have["forget"], torch.cat([have["forget"], have["retain"]])
     optimizer = new_optimizer(student, args)
@@ -831,6 +836,29 @@ def simulated_sets(problem, sets) -> dict:
     everyone = torch.cat([sets["retain"], sets["forget"]])
     kept = everyone[~torch.isin(everyone, torch.cat([support, forget]))]
     return sets | {"support": support, "forget": forget, "retain": kept}
+
+
+def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> nn.Module:
+    """A copy of somebody's own model without D_f, by any method but retrain; writes no file.
+
+    model: images -> logits (B, K), see common.Own. D_f, D_r, D_v: see data.of_tensors; a method
+    that reads D_f alone needs no D_r. flags: the method's own, unlearn_lr=0.01. With D_v those that
+    are not given and that --search moves are searched. Raises FloatingPointError where the method
+    diverged, TypeError for a flag that is none of the method's and for a missing D_r.
+    """
+    wrong = set(flags) - set(METHODS[method]["flags"])
+    if wrong or (D_r is None and METHODS[method]["touches"] != FORGET):
+        raise TypeError(f"{method} has no {wrong}" if wrong else f"{method} needs D_r")
+    parts = {"forget": D_f, "retain": D_r, "val": D_v}
+    own = common.Own(copy.deepcopy(model), head)
+    data, split = of_tensors(own, {k: part for k, part in parts.items() if part is not None})
+    args = parse_args(["--method", method, "--forget", "random", "--augment", "none"])
+    args = argparse.Namespace(**vars(args) | flags | {"amp": False})
+    sets = {k: torch.tensor(split.setdefault(k, [])) for k in ("forget", "retain")}
+    sets["statistics"] = torch.cat([sets["forget"], sets["retain"]])
+    chosen = search(method, own, data, split, sets, args)[0] if D_v is not None else {}
+    student = run(method, own, data, sets, own_args(method, args, **chosen))[0]
+    return student.net.requires_grad_(True)
 
 
 def ascent_step(model, data, split, args) -> tuple:

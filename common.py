@@ -443,6 +443,41 @@ def _read_weights(path: str) -> dict:
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
+class Own(nn.Module):
+    """Somebody's own model as this project takes one: images (B, C, H, W) -> (features, logits).
+
+    net: images -> logits (B, K). head: the name of the linear layer that gives them, whose input
+    are the features (B, D); left out: its last linear layer. Images are what net takes, normalised.
+    """
+
+    def __init__(self, net: nn.Module, head: str | None = None):
+        super().__init__()
+        linear = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+        self.net, self.head = net, head or linear[-1]
+        self.width = net.get_submodule(self.head).in_features  # D
+        self.register_buffer("std", torch.ones(1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        seen, layer = [], self.net.get_submodule(self.head)
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.net(images)
+        finally:
+            hook.remove()
+        return seen[0], logits
+
+    def untrained(self, seed: int) -> nn.Module:
+        """A copy with new weights, as each layer draws them itself."""
+        fresh = copy.deepcopy(self)
+        torch.manual_seed(seed)
+        for p in fresh.parameters():
+            nn.init.normal_(p, std=0.02)  # of what no layer draws, such as position embeddings
+        for layer in fresh.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        return fresh
+
+
 def with_parameters(model, theta_u: dict):
     """A copy of model with the parameters in theta_u in place of its own; all else stays."""
     changed = copy.deepcopy(model)

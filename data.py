@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
@@ -555,6 +556,30 @@ def load(args, device=CPU) -> dict:
     return flip_labels(data, args.label_noise, args.split_seed) if args.label_noise else data
 
 
+def of_tensors(model, parts: dict) -> tuple[dict, dict]:
+    """`data` and `split`, as load and make_split give them, of somebody's own images in memory.
+
+    model: see common.Own. parts: {name of a set: (images, targets), or a Dataset or DataLoader of
+    such pairs}. Images are floats (N, C, H, W) as the model takes them, and are not augmented;
+    targets are classes (N,), or attributes (N, K) of 0 and 1.
+    """
+    pairs, split, first = [], {"hash": "own"}, 0
+    for name, part in parts.items():
+        if not isinstance(part, (tuple, list)):
+            loader = part if isinstance(part, DataLoader) else DataLoader(part, 256)
+            part = [torch.cat(own) for own in zip(*loader, strict=True)]
+        pairs.append(part)
+        split[name] = list(range(first, first + len(part[1])))
+        first += len(part[1])
+    images, targets = (torch.cat([part[i] for part in pairs]) for i in (0, 1))
+    targets = targets.float() if targets.ndim == 2 else targets.long()
+    device = next(model.parameters()).device
+    data = {"name": "own", "images": images, "targets": targets, "true_targets": targets}
+    with torch.no_grad():
+        data["classes"] = model.eval()(images[:1].to(device))[1].shape[1]
+    return data | {"device": device, "identities": None}, split
+
+
 def flip_labels(data: dict, share: float, split_seed: int) -> dict:
     """Give `share` of all images another class, uniform over the others; true_targets stays right.
 
@@ -574,6 +599,8 @@ def raw_batch(data: dict, indices) -> Tensor:
     """Images at indices in [0, 1], as they are seen at test time: (B, 3, H, W) on the device."""
     data["read"] = data.get("read", 0) + len(indices)  # the cost of a method, in images
     images = data["images"][torch.as_tensor(np.asarray(indices), device=data["images"].device)]
+    if images.is_floating_point():  # of_tensors
+        return images.to(data["device"])
     return images.to(data["device"]).permute(0, 3, 1, 2).float() / 255
 
 
