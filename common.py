@@ -106,9 +106,9 @@ def between(low, high, kind=float):
             word = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is no {word}") from None
         if not low <= value <= high:
-            least = "above 0" if 0 < low < 1e-6 else f"at least {low:g}"
-            most = "below 1" if 1 - 1e-6 < high < 1 else f"at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {least} and {most}")
+            least = "above 0," if 0 < low < 1e-6 else f"from {low:g}"
+            most = "below 1" if 1 - 1e-6 < high < 1 else f"up to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must lie {least} {most}")
         return value
 
     return parse

@@ -258,7 +258,7 @@ def _download(url: str, path: pathlib.Path, md5: str):
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
     with urllib.request.urlopen(request) as answer, open(part, "ab") as file:
         start = start if answer.status == 206 else 0  # 200: the server sends all of it again
-        total = start + answer.length
+        total = start + (answer.length or 0)
         say(f"downloading {url}: {total / 2**20:,.0f} MiB, {start / 2**20:,.0f} are there")
         file.truncate(start)
         with tqdm.wrapattr(answer, "read", total=total, initial=start, disable=None) as body:
@@ -551,7 +551,7 @@ def load(args, device=CPU) -> dict:
     data["names"] = table.get("names", np.arange(len(targets)).astype(str))
     data["target_names"] = table.get("target_names", np.arange(classes).astype(str))
     if same.any():
-        few = ", ".join(data["target_names"][np.flatnonzero(same)])
+        few = ", ".join(map(str, data["target_names"][np.flatnonzero(same)]))
         say(f"{data['name']}: all images have the same {few}; no model can learn it")
     return flip_labels(data, args.label_noise, args.split_seed) if args.label_noise else data
 

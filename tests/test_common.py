@@ -443,9 +443,9 @@ def test_a_closed_pipe_and_an_ascii_terminal_are_no_errors():
 
 
 def test_a_range_reads_as_one_says_it(capsys):
-    refused(capsys, "1.5 must be above 0 and at most 1", parse, "--share 1.5")
-    refused(capsys, "1 must be above 0 and below 1", parse, "--forget-ratio 1")
-    refused(capsys, "7 must be at least 8 and at most 4096", parse, "--image-size 7")
+    refused(capsys, "1.5 must lie above 0, up to 1", parse, "--share 1.5")
+    refused(capsys, "1 must lie above 0, below 1", parse, "--forget-ratio 1")
+    refused(capsys, "7 must lie from 8 up to 4096", parse, "--image-size 7")
     refused(capsys, "--train-images goes with --forget random", parse, "--train-images 9")
 
 
