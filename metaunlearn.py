@@ -48,7 +48,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 import baselines
 import common
@@ -190,7 +189,7 @@ def auxiliary_loss(L: dict, mAP: dict, args) -> Tensor:
     code, A = args.preset == "code", 0.0
     distance = F.smooth_l1_loss if code else F.mse_loss
     if args.aux_loss in ("both", "first"):
-        A = A + distance(E["f"], E["v"].detach() if code else E["v"])  # Eq. (5), Eq. (8), 1st term
+        A = A + distance(E["f"], E["v"])  # Eq. (5), Eq. (8), 1st term
     if args.aux_loss in ("both", "second"):
         A = A + distance(E["f"], E["v0"])  # Eq. (5), Eq. (8), 2nd term
     if args.retain_weight:
@@ -303,12 +302,9 @@ def auxiliary(f, theta_u: dict, sets: list[dict], data, original: dict, args) ->
     for part in sets:
         L, mAP = {}, {}
         for name in sets_in(args):
-            logits = logits_in_parts(f, theta_u, data, part[name], args.meta_batch_size)  # (n, K)
-            targets, logits_0 = targets_of(data, part[name]), original["logits"][part[name]]
-            scrub = args.aux_loss == "scrub"
-            L[name] = image_losses(name, logits, targets, logits_0.to(logits), scrub).mean()
+            L[name], logits = mean_loss(name, f, theta_u, data, part[name], original, args)
             if name != "r":
-                mAP[name] = score(logits.detach(), targets)
+                mAP[name] = score(logits, targets_of(data, part[name]))
         if args.preset == "code":  # over the pair's own images, not over all of D_v
             targets = targets_of(data, part["v"])
             logits_0 = original["logits"][part["v"]].to(targets.device)
@@ -319,20 +315,29 @@ def auxiliary(f, theta_u: dict, sets: list[dict], data, original: dict, args) ->
     return total
 
 
-def logits_in_parts(f, theta_u: dict, data, indices, size: int) -> Tensor:
-    """Logits (n, K) of the images at indices.
+def mean_loss(name: str, f, theta_u: dict, data, indices, original: dict, args) -> tuple:
+    """Mean of image_losses over set `name`, a scalar tensor, and the logits (n, K), detached.
 
-    Of more than `size` images, the activations of each part are computed again in the backward
-    pass and not kept, so that memory does not grow with D_f.
+    A depends on theta_u through these means alone. So --meta-batch-size images at a time run
+    forward and backward at once, which bounds the memory, and the mean comes back as the linear
+    function of theta_u that has its value and its gradient: no image is run twice.
     """
-
-    def logits_of(part):
-        return f(theta_u, raw_batch(data, part))[1]
-
-    if len(indices) <= size:
-        return logits_of(indices)
-    parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-    return torch.cat([checkpoint(logits_of, part, use_reentrant=False) for part in parts])
+    leaf = {k: p.detach().requires_grad_() for k, p in theta_u.items()}
+    constant = name == "v" and args.preset == "code"  # no gradient through L_task(D_v; theta_u)
+    total, gradient, found = 0.0, [torch.zeros_like(p) for p in leaf.values()], []
+    for start in range(0, len(indices), args.meta_batch_size):
+        part = indices[start : start + args.meta_batch_size]
+        with torch.set_grad_enabled(not constant):
+            logits = f(leaf, raw_batch(data, part))[1]  # (B, K)
+            logits_0, scrub = original["logits"][part].to(logits), args.aux_loss == "scrub"
+            losses = image_losses(name, logits, targets_of(data, part), logits_0, scrub)
+            mean = losses.sum() / len(indices)
+        if not constant:
+            torch._foreach_add_(gradient, torch.autograd.grad(mean, list(leaf.values())))
+        total = total + mean.detach()
+        found.append(logits.detach())
+    slope = sum((p * g).sum() for p, g in zip(theta_u.values(), gradient, strict=True))
+    return total + slope - slope.detach(), torch.cat(found)
 
 
 def original_outputs(model, data, split, args) -> dict:

@@ -2,10 +2,13 @@
 
     python tests/bench_metaunlearn.py                                   # toy ViT, a minute
     python tests/bench_metaunlearn.py --model vit_small_patch14_dinov2 --image-size 70 --repeats 3
+    python tests/bench_metaunlearn.py --preset code                     # A as in the authors' code
 
 Prints, for one meta step, the seconds of the forward and of the double way over those of the floor,
-which no method can avoid: one plain forward and backward pass over the same images. And the peak
-memory of each, also with more images in D_f.
+which no method can avoid: one plain forward and backward pass over the same images. Then those of
+the authors' step (with --preset code, the same A): the textbook's, in which the backward pass also
+reaches theta, and D_v is run twice for each 64 images of D_f. And the peak memory of each, also
+with more images in D_f.
 """
 
 import argparse
@@ -18,19 +21,21 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import common  # noqa: E402
 import data as D  # noqa: E402
 import metaunlearn as M  # noqa: E402
 
-WAYS = ("floor", "forward", "double")
+WAYS = ("floor", "forward", "double", "authors")
 
 
 def steps(args) -> dict:
     """{way: a function of one meta step}, on random images and weights, which change no speed."""
     n_s, n, px = args.support, args.support + args.forget + args.val, args.image_size
     flags = ["--model", args.model, "--image-size", str(px), "--hidden", "512"]
+    flags += ["--preset", args.preset]
     run = M.parse_args([*flags, "--meta-batch-size", str(args.meta_batch_size), "--no-amp"])
     rng, device = np.random.default_rng(0), torch.device(args.device)
     data = {"images": torch.from_numpy(rng.integers(0, 256, (n, px, px, 3), np.uint8))}
@@ -41,9 +46,10 @@ def steps(args) -> dict:
     model = common.build_model(args.model, 40, px).to(device).eval()
     h_phi, run_model = M.new_meta_loss(model, data, split, run), M.model_function(model)
     original, theta = M.original_outputs(model, data, split, run), M.updatable(model)
+    sets = M.request_sets(split, S, f, run, rng)
+    pairs = [f[start : start + M.PAIR] for start in range(0, len(f), M.PAIR)]
 
     def A(theta_u):
-        sets = [{"f": f, "v": v, "weight": 1.0}]
         return M.auxiliary(run_model, theta_u, sets, data, original, run)
 
     def floor():
@@ -53,11 +59,30 @@ def steps(args) -> dict:
             loss = common.task_losses(logits, D.targets_of(data, part)).mean()
             torch.autograd.grad(loss, list(leaf.values()))
 
+    def error(at, indices):
+        targets, logits = D.targets_of(data, indices), run_model(at, D.raw_batch(data, indices))[1]
+        mAP = common.score(logits.detach(), targets)
+        return (1 - mAP) * common.task_losses(logits, targets).mean()
+
+    def authors():
+        leaf = {k: p.detach().requires_grad_() for k, p in theta.items()}
+        images, targets, who = M.support_batch(data, S.tolist(), S)
+        with M.sdpa_kernel(M.SDPBackend.MATH):
+            loss = h_phi(*run_model(leaf, images), targets, who)
+            g = torch.autograd.grad(loss, list(leaf.values()), create_graph=True)
+        theta_u, total = M.inner_step(theta, g, [run.eta] * len(g)), 0.0
+        for pair in pairs:
+            with torch.no_grad():
+                goals = [error(at, v[: M.PAIR]) for at in (theta, theta_u)]
+            own = error(theta_u, pair)
+            total += sum(len(pair) / len(f) * F.smooth_l1_loss(own, goal) for goal in goals)
+        total.backward()
+
     request = (h_phi, run_model, A, theta, M.support_batch(data, S.tolist(), S), run.eta)
 
     forward = functools.partial(M.meta_gradient, *request)
     double = functools.partial(M.meta_gradient_double, *request)
-    return dict(zip(WAYS, (floor, forward, double), strict=True))
+    return dict(zip(WAYS, (floor, forward, double, authors), strict=True))
 
 
 def peak(args, way: str, forget: int) -> float:
@@ -91,6 +116,7 @@ def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", default="toy_vit")
+    parser.add_argument("--preset", choices=("paper", "code"), default="paper")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"image-size": 32, "support": 20, "forget": 80, "val": 64, "meta-batch-size": 256}
     for name, size in (sizes | {"repeats": 10}).items():

@@ -207,16 +207,18 @@ MUTANTS = {
     "eta forgotten": ("k: e.detach() * d for", "k: d for"),
     "step sizes' own gradient forgotten": ("product = product + sum(", "sum("),
     "sign of the meta-gradient": ("grad(-product", "grad(product"),
-    "v of the last set only": ("scrub).mean()",
-        "scrub).mean()\n            L = {k: L[k] if k == name else L[k].detach() for k in L}"),
+    "v of the last set only": ("original, args)\n            if",
+        "original, args)\n            L = {k: L[k] if k == name else L[k].detach() for k in L}\n"
+        "            if"),
     "A of the last pair only": ('total + part["weight"] *', 'part["weight"] *'),
-    "mean of the parts' means": ("scrub).mean()",
-        "scrub).split(4)\n            L[name] = sum(x.mean() for x in L[name]) / len(L[name])"),
-    "no gradient through the last part": ("for part in parts])",
-        "for part in parts[:-1]] + [logits_of(parts[-1]).detach()])"),
+    "mean of the parts' means": ("losses.sum() / len(indices)",
+        "losses.mean() / -(-len(indices) // args.meta_batch_size)"),
+    "gradient of the last part only": ("torch._foreach_add_(gradient, ", "gradient = list("),
+    "value of the last part only": ("total + mean.detach()", "mean.detach()"),
+    "the slope in the value": ("slope - slope.detach()", "slope"),
     "tangent at the wrong point": ("(theta,), (tangent,))", "(theta_u,), (tangent,))"),
-    "no gradient through the validation loss": ('E["v"].detach() if code', 'E["v"].detach() if 1'),
-    "gradient through it in the authors' code": ('E["v"].detach() if code', 'E["v"] if code'),
+    "no gradient through the validation loss": ('"v" and args.preset == "code"', '"v"'),
+    "gradient through it in the authors' code": ('"v" and args.preset == "code"', '"" '),
     "no accuracy weight": ("1 - a if args.accuracy_weight else 1.0", "1.0"),
     "accuracy instead of error": ("1 - a if args.accuracy_weight", "a if args.accuracy_weight"),
     "all of D_v for a pair": ('"code":  # over the pair', '"":  # over the pair'),
@@ -590,7 +592,7 @@ def test_check_gradient_reports_all_four(trained, preset, capsys):
     errors = M.main([*trained.flags, "--check-gradient", "--preset", preset])
     double, central, single, bf16 = errors.values()
     assert double < 1e-10 and central < 1e-6 and single < 1e-3
-    assert 1e-3 < bf16 < 0.3  # it did run in bf16, which a difference of losses feels
+    assert 1e-4 < bf16 < 0.3  # it did run in bf16, which a difference of losses feels
     assert capsys.readouterr().out.count("meta-gradient, relative error of ") == 4
 
 
