@@ -168,6 +168,7 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
         parser.set_defaults(**presets.get(key, {}))
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    args.given = given  # --search moves no flag that the line gives
     if args.dataset not in DATASETS.split(", "):
         args.dataset = re.sub(r"\.np[yz]$", "", args.dataset)
         own = _size_of_pair(args.dataset) or args.image_size

@@ -254,7 +254,7 @@ def search(start: dict, distance, args, partial=None) -> tuple[dict, dict]:
             found = own[0]["distance"]
             shown = "diverged" if found is None else f"distance {100 * found:.2f}"
             say(f"search {len(tried)}/{TRIES}: {said}: {shown}")
-            if partial:
+            if partial and common.rank_and_world()[0] == 0:
                 common.write_json(partial, {"about": about, "tried": tried})
         return own[0]["distance"] if own and own[0]["distance"] is not None else math.inf
 
@@ -308,7 +308,7 @@ def quietly(distance, values) -> float | None:
 NO_FLAGS = {"seed", "split_seed", "name", "method", "device", "data_dir", "checkpoint_dir", "out"}
 NO_FLAGS |= {"resume", "overwrite", "plot", "save", "check_gradient", "export_support", "support"}
 NO_FLAGS |= {"meta_batch_size", "table", "pack", "attack", "figure", "results", "rows"}
-NO_FLAGS |= {"markdown", "brief", "seeds"}
+NO_FLAGS |= {"markdown", "brief", "seeds", "given"}
 
 
 def add_result_arguments(parser):

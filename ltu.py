@@ -39,8 +39,11 @@ No official code exists. Where the paper is silent this is what we do:
        --amp, which moves g_r by 4 to 5 %, at a cosine of 0.999.
 """
 
+import argparse
 import copy
+import json
 import math
+import pathlib
 
 import numpy as np
 import torch
@@ -55,6 +58,7 @@ from common import (
     autocast,
     clock,
     fail,
+    flag_name,
     generator,
     load_checkpoint,
     rank_and_world,
@@ -496,6 +500,11 @@ def parse_args(argv=None):
         help="no remembering feedback; Table 3")
     add("--no-metaopt", action="store_false", dest="metaopt", help="all losses at theta; Table 3")
     add("--first-order", action="store_true", help="leave the Hessian out of Eq. (5)")
+    add("--search", action="store_true",
+        help="first choose beta, alpha and passes, those that are not given, on validation data")
+    add("--like", metavar="RUN", default="",
+        help="take what the search of this run (ltu) chose; --combine iterative: twice its passes, "
+        "so that it has as many gradients of each kind")
     # fmt: on
     evaluate.add_result_arguments(parser)
     common.add_shared_arguments(parser)
@@ -506,7 +515,54 @@ def parse_args(argv=None):
         fail("--no-forfeed and --no-remfeed together leave nothing to do")
     if not (args.forfeed and args.remfeed) and args.combine != "project":
         fail(f"--combine {args.combine} combines both feedbacks; drop --no-forfeed or --no-remfeed")
+    if args.like and args.search:
+        fail("--like takes what another run's search chose; drop it or --search")
+    moved = ("beta", "alpha", "passes") if args.metaopt else ("beta", "passes")
+    free = [flag for flag in moved if flag_name(flag) not in args.given]
+    whole_class, unknown = args.forget in ("class", "subclass"), args.dataset not in PRESETS
+    if args.search and whole_class:
+        fail(f"--search judges by images of D_v like D_f's; --forget {args.forget} leaves none")
+    # Other data's step sizes can destroy a model, so of unknown data they are always searched.
+    unknown = unknown and free == list(moved) and not whole_class and not args.like
+    args.search = free if args.search or unknown else []
     return args
+
+
+def search(model, data, split, seen, args, partial=None) -> tuple[dict, dict]:
+    """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
+    problems = None
+    if args.forget == "identities":
+        problems = evaluate.simulated_problems(model, data, split, args)
+    kept, judged_by = evaluate.hold_out(seen, split, args)
+    attacks = mi_models(model, data, split, kept, args)[0] if args.forfeed else []
+
+    def distance(values) -> float:
+        own = argparse.Namespace(**vars(args) | values)
+
+        def unlearned(problem=None):
+            request, at_hand = split, kept
+            if problem:
+                request = split | {"forget": problem["sets"]["forget"].tolist()}
+                gone = {*request["forget"], *problem["support"].tolist()}
+                at_hand = [i for i in kept + split["forget"] if i not in gone]
+            return unlearn(model, data, request, at_hand, attacks, own)[0]
+
+        return evaluate.judge(unlearned, problems, model, data, split, judged_by, args)
+
+    start = {flag: float(getattr(args, flag)) for flag in args.search}
+    return evaluate.search(start, distance, args, partial)
+
+
+def take_from(run: str, args):
+    """--like: set the flags that the search of another run of this split and seed chose."""
+    path = evaluate.result_path(run, args)
+    try:
+        chosen = json.loads(path.read_text())["chosen"]
+    except (OSError, ValueError, KeyError):
+        fail(f"--like {run}: {path} holds no result of a search; run it with --search first")
+    vars(args).update({flag: value for flag, value in chosen.items() if hasattr(args, flag)})
+    if args.combine == "iterative":
+        args.passes *= 2
 
 
 def label_of(args) -> str:
@@ -516,6 +572,7 @@ def label_of(args) -> str:
     words += {"project": [], "add": ["w/ GradAdd"], "iterative": ["w/ Iterative"]}[args.combine]
     if args.first_order:
         words.append("1st order")
+    words += [f"(flags of {args.like})"] if args.like else []
     return " ".join(words)
 
 
@@ -540,6 +597,8 @@ def main(argv=None):
     result = evaluate.earlier_result(name, args, flags)
     if result:
         return evaluate.show({label: result})
+    if args.like:
+        take_from(args.like, args)
     data, split = open_data(args, device)
     seen = reachable(split, args.rho, args.split_seed)
     if len(seen) < 10:
@@ -547,20 +606,27 @@ def main(argv=None):
         fail(f"--rho {args.rho} leaves {len(seen)} of {whole} images of D_r; ten are the least")
     say(f"D_r_hat: {len(seen):,} images (rho {args.rho:g})")
     model, gold, seconds = train_both(data, split, args)
-    begin = clock(device)
+    more, reads = {}, ["forget", f"retain (rho {args.rho:g})"]
+    if args.search:
+        chosen, more = search(model, data, split, seen, args, evaluate.tries_path(name, args))
+        vars(args).update(chosen)
+    begin, read = clock(device), data["read"]
     attacks, mi_report = mi_models(model, data, split, seen, args) if args.forfeed else ([], [])
     seconds["mi_models"] = clock(device) - begin
     partial = checkpoint_folder(args) / f"{name}-seed{args.seed}.partial.pt"
     unlearned, log, seconds["unlearn"] = unlearn(model, data, split, seen, attacks, args, partial)
+    more["passes"] = (data["read"] - read) / (len(split["retain"]) + len(split["forget"]))
     finetuned, _, seconds["ft"] = unlearn(model, data, split, seen, attacks, args, method="ft")
 
     begin = clock(device)
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
     rows = {row: evaluate.measure(m, data, split, args.amp, seen) for row, m in models.items()}
     seconds["evaluate"] = clock(device) - begin
-    reads = ["forget", f"retain (rho {args.rho:g})"]
     access = {"unlearning": [*reads, "val"] if args.forfeed else reads}
-    more = dict(conflicts=conflicts_in(log), mi_models=mi_report, log=log)
+    if args.search:
+        of_D_r = "retain" if args.forget == "identities" else reads[1]
+        access["choosing flags"] = ["forget", of_D_r, "val"]
+    more |= dict(conflicts=conflicts_in(log), mi_models=mi_report, log=log)
     result = evaluate.report(
         name, unlearned, rows, seconds, access, flags, data, split, args, **more
     )
