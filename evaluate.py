@@ -220,10 +220,10 @@ def validation_gap(unlearned, model, data, split, judged_by, args) -> dict:
 
 TRIES = 12  # settings that a search tries, the same for every method
 SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are moved
-LONGEST = 0.2  # epochs over those of training: longer would be no cheaper than to retrain
+LONGEST = 0.2  # passes over D over those of training: more would be no cheaper than to retrain
 
 
-def search(start: dict, distance, args, partial=None) -> tuple[dict, dict]:
+def search(start: dict, distance, args, partial=None, most=()) -> tuple[dict, dict]:
     """Choose flags by pattern search (Hooke and Jeeves 1961): the one rule for every method.
 
     start: {flag: value}, the step size first. distance(values) says how far a setting is from the
@@ -232,10 +232,12 @@ def search(start: dict, distance, args, partial=None) -> tuple[dict, dict]:
     also goes up where nothing changes, for there it is too small to do anything. It ends after
     TRIES settings, or at moves of a sixteenth of a decade. Returns the best values, and a record:
     `chosen`, `search` (all that was tried) and `open`, flags whose best value is the largest or the
-    smallest tried. partial: where tries are kept, so that --resume does not repeat them.
+    smallest tried. partial: where tries are kept, so that --resume does not repeat them. most:
+    bounds {flag: value} beside those of epochs, which end at LONGEST.
     """
     about, known, tried, epochs = flags_of(args), [], [], round(LONGEST * args.epochs)
-    most = {k: max(start.get(k, 1), epochs) for k in ("unlearn_epochs", "ascent_epochs")}
+    ends = {k: max(start.get(k, 1), epochs) for k in ("unlearn_epochs", "ascent_epochs")}
+    most = ends | dict(most)
     if partial and args.resume and partial.is_file():
         saved = json.loads(partial.read_text())
         known = saved["tried"] if saved["about"] == json.loads(json.dumps(about)) else []
@@ -271,24 +273,24 @@ def search(start: dict, distance, args, partial=None) -> tuple[dict, dict]:
                 better = changes and (found < least or (up and found == least < math.inf))
                 place, least = (new, found) if better else (place, least)
         length = length if place != before else length // 2
-    best, ends = values_at(place), []
+    best, open_ends = values_at(place), []
     for flag, value in best.items():
         others = [t[flag] for t in tried]
-        bound = isinstance(value, int) and value in (1, most.get(flag))
+        bound = value == most.get(flag) or (isinstance(value, int) and value == 1)
         if value in (min(others), max(others)) and not bound:
-            ends.append(flag)
-    return best, {"chosen": best, "search": tried, "open": ends}
+            open_ends.append(flag)
+    return best, {"chosen": best, "search": tried, "open": open_ends}
 
 
 def moved(flag: str, start, sixteenths: int, most: float):
     """The value of a flag so many sixteenths of a decade from its start; of a share, its odds."""
     factor = 10 ** (sixteenths / 16)
     if isinstance(start, int):
-        return int(min(max(1, round(start * factor)), most))
+        return int(min(max(1, round(start * factor)), most))  # most is a whole number or inf
     if flag in SHARES:
         odds = start / (1 - start) * factor
         return float(f"{odds / (1 + odds):.3g}")
-    return float(f"{start * factor:.3g}")
+    return min(float(f"{start * factor:.3g}"), most)
 
 
 def quietly(distance, values) -> float | None:

@@ -549,8 +549,13 @@ def search(model, data, split, seen, args, partial=None) -> tuple[dict, dict]:
 
         return evaluate.judge(unlearned, problems, model, data, split, judged_by, args)
 
+    # An iteration reads S and N query sets.
+    D = len(split["retain"]) + len(split["forget"])
+    most = evaluate.LONGEST * args.epochs * D / ((1 + N) * len(split["forget"]))
     start = {flag: float(getattr(args, flag)) for flag in args.search}
-    return evaluate.search(start, distance, args, partial)
+    if "passes" in start:
+        start["passes"] = min(start["passes"], float(f"{most:.3g}"))
+    return evaluate.search(start, distance, args, partial, {"passes": float(f"{most:.3g}")})
 
 
 def take_from(run: str, args):

@@ -444,11 +444,11 @@ def warn_of_vanishing_weights(model, data, split, args):
         say(f"warning: 1 - mAP of D_f is {error:.3f}, so Eq. (6) all but drops its loss; {advice}")
 
 
-def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
+def meta_train(model, data, split, args, path=None) -> tuple[MetaLoss, float]:
     """Alg. 1 lines 8-17; theta never changes. Returns h_phi and the seconds that it took.
 
-    Saves phi at path, and what --resume needs after an epoch, once a minute. Raises SystemExit(2)
-    when phi is no longer finite.
+    path: where phi is saved, and beside it once a minute, after an epoch, what --resume needs.
+    Raises SystemExit(2) when phi is no longer finite.
     """
     device, rank = data["device"], rank_and_world()[0]
     begin = saved_at = common.clock(device)
@@ -458,8 +458,8 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
     if h_phi.log_step is not None:
         groups.append({"params": list(h_phi.log_step), "peak": args.alpha_step})
     optimizer = torch.optim.AdamW(groups, lr=args.alpha, weight_decay=0.0, amsgrad=True)
-    partial, first = path.with_suffix(".partial.pt"), 0
-    if args.resume and partial.is_file():
+    partial, first = path and path.with_suffix(".partial.pt"), 0
+    if partial and args.resume and partial.is_file():
         saved = load_checkpoint(partial, "partial meta-loss", **content)
         with common.reading(partial):
             h_phi.load_state_dict(saved["phi"])
@@ -483,18 +483,46 @@ def meta_train(model, data, split, args, path) -> tuple[MetaLoss, float]:
             f"meta-loss epoch {epoch + 1}/{epochs}: {len(A)} requests, A {np.mean(A):.5f}, "
             f"{took:.1f} s, {(epochs - epoch - 1) * took:.0f} s left"
         )
-        if rank == 0 and epoch + 1 < epochs and now - saved_at >= common.PARTIAL_EVERY:
+        due = epoch + 1 < epochs and now - saved_at >= common.PARTIAL_EVERY
+        if partial and rank == 0 and due:
             state = dict(phi=h_phi.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
             state |= dict(seconds=now - begin, **content)
             save_checkpoint(partial, kind="partial meta-loss", **state)
             saved_at = now
     seconds = common.clock(device) - begin
-    if rank == 0:
+    if path and rank == 0:
         state = dict(phi=h_phi.state_dict(), model=model.state_dict(), seconds=seconds)
         save_checkpoint(path, kind="meta-loss", **state, **content)
         partial.unlink(missing_ok=True)
     common.wait_for_all()
     return h_phi.eval(), seconds
+
+
+def simulated_unlearning(h_phi, model, data, split, args):
+    """A function that gives the model unlearned of a simulated request, see evaluate.judge."""
+    f, theta = f_and_theta(model, args)
+
+    def unlearned(problem):
+        S = support_batch(data, split["train_ids"], problem["support"])
+        return with_parameters(model, unlearn(h_phi, f, theta, S, args.eta))
+
+    return unlearned
+
+
+def search(model, data, split, args, partial=None) -> tuple[dict, dict]:
+    """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
+    problems = evaluate.simulated_problems(model, data, split, args)
+
+    def distance(values) -> float:
+        own = argparse.Namespace(**vars(args) | values | {"resume": False})
+        unlearned = simulated_unlearning(
+            meta_train(model, data, split, own)[0], model, data, split, own
+        )
+        return evaluate.judge(unlearned, problems, model, data, split, None, args)
+
+    return evaluate.search(
+        {flag: getattr(args, flag) for flag in args.search}, distance, args, partial
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,8 +610,12 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     """Train the two models and h_phi, or load them; unlearn the real S; measure, and report."""
     own = checkpoint_folder(args) / f"{name}-seed{args.seed}.meta.pt"
     path = pathlib.Path(args.meta_loss or own)
-    saved = earlier_meta_loss(path, data, split, args)
+    # A search may end at other flags than those of a meta-loss that is there.
+    saved, more = None if args.search else earlier_meta_loss(path, data, split, args), {}
     model, gold, seconds = train_both(data, split, args)
+    if args.search:
+        chosen, more = search(model, data, split, args, evaluate.tries_path(name, args))
+        vars(args).update(chosen)
     if saved:
         h_phi, took = restore_meta_loss(saved, path, model, data, split, args)
     else:
@@ -592,18 +624,16 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
 
     f, theta = f_and_theta(model, args)
     S = support_batch(data, split["train_ids"], split["support"])
+    more["passes"] = len(split["support"]) / (len(split["retain"]) + len(split["forget"]))
     begin = common.clock(data["device"])
     theta_u = unlearn(h_phi, f, theta, S, args.eta)
     unlearned_at = common.clock(data["device"])
     seconds["unlearn"] = unlearned_at - begin
 
-    def unlearn_simulated(problem):
-        S = support_batch(data, split["train_ids"], problem["support"])
-        return with_parameters(model, unlearn(h_phi, f, theta, S, args.eta))
-
     # The bar that a learned loss must clear: one gradient-ascent step on the same pictures.
     ascended, ascent_step, problems = baselines.ascent_step(model, data, split, args)
-    simulated = evaluate.simulated_tow(unlearn_simulated, problems, data, args.amp)
+    unlearned = simulated_unlearning(h_phi, model, data, split, args)
+    simulated = evaluate.simulated_tow(unlearned, problems, data, args.amp)
     say(f"simulated ToW of METAUNLEARN: {100 * simulated:.1f}")
     models = {"original": model, "retrained": gold, "ascent": ascended}
     models["unlearned"] = with_parameters(model, theta_u)
@@ -612,7 +642,8 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     reads = ["retain", "forget", "val"]
     access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
     access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}
-    more = dict(simulated_tow=simulated, ascent_step=ascent_step)
+    access |= {"choosing flags": reads} if args.search else {}
+    more |= dict(simulated_tow=simulated, ascent_step=ascent_step)
     say(f"meta-loss: {path}")
     if rank_and_world()[0] > 0:  # the first process writes
         return None
@@ -655,6 +686,8 @@ def parse_args(argv=None):
         help="ours: outer step of a learned step size for each parameter; 0: eta for all")
     add("--requests-per-step", type=common.count, default=world,
         help="simulated requests averaged in one step; authors' code: 1")
+    add("--search", action="store_true",
+        help="first choose eta, alpha and meta-epochs, those not given, on simulated requests")
     add("--hypergradient", choices=("forward", "double"), default="forward",
         help="forward: exact, with little memory; double: the textbook's double backward")
     add("--meta-batch-size", type=common.count, default=256,
@@ -677,6 +710,10 @@ def parse_args(argv=None):
         fail(f"--requests-per-step {args.requests_per_step} is no multiple of {world} processes")
     if args.support and not args.meta_loss:
         fail("--support needs --meta-loss FILE, the meta-loss to unlearn with")
+    if args.search and args.meta_loss:
+        fail("--search learns a new meta-loss, --meta-loss uses an old one; drop one of them")
+    moved = ("eta", "alpha", "meta_epochs")
+    args.search = [k for k in moved if args.search and common.flag_name(k) not in args.given]
     return args
 
 

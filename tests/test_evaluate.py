@@ -463,6 +463,8 @@ def check_search(module, folder):
     assert best == {"unlearn_epochs": 8} and record["open"] == []
     best, _ = search({"unlearn_epochs": 3}, lambda values: values["unlearn_epochs"])
     assert best == {"unlearn_epochs": 1} and type(best["unlearn_epochs"]) is int
+    best, record = search({"passes": 3.0}, lambda values: -values["passes"], most={"passes": 8.0})
+    assert best == {"passes": 8.0} and record["open"] == []
     best, record = search({"mask_share": 0.5}, lambda values: abs(values["mask_share"] - 0.99))
     assert best["mask_share"] == pytest.approx(0.99, abs=0.003) and record["open"] == []
     # An interrupted search goes on, and not with the tries of other flags.
@@ -519,7 +521,7 @@ MUTANTS = {
     "RMIA with ties": ("share + 1e-9 *", "share + 0 *"),
     "search with an edge": ("            while better:", "            if better:"),
     "search stuck at a no-op": ("(up and found == least < math.inf)", "False"),
-    "search of one length": ("length // 2\n    best, ends", "0\n    best, ends"),
+    "search of one length": ("length // 2\n    best, open_ends", "0\n    best, open_ends"),
     "search without end": ("len(tried) < TRIES:\n            own", "True:\n            own"),
     "tries of other flags": ('if saved["about"] == json.loads(json.dumps(about)) else []', ""),
     "tries repeated": ("and partial.is_file():\n        saved", "and False:\n        saved"),
