@@ -217,17 +217,19 @@ KINDS = tuple(HIDDEN)
 def signals(kind: str, logits: Tensor, targets: Tensor) -> Tensor:
     """What an MI model of this kind sees: (B, K) logits, labels -> (B, inputs), differentiable.
 
-    posterior: probabilities and the label (Shokri et al. 2017). top3: the three largest
-    probabilities in order (ML-Leaks, Salem et al. 2019). scalars: loss, entropy, margin, largest
-    probability. logit: the label's log odds (Yeom et al.; LiRA's scaling) and the label, so that
-    each class has its own threshold. Of attributes loss, entropy and log odds are means, the margin
-    is the smallest, and top3 and the largest probability are those of the right answers.
+    posterior: the label's probability, then the others' in order (Shokri et al. 2017, who have a
+    model for each class; given the label beside the probabilities it stays at chance on digits).
+    top3: the three largest probabilities in order (ML-Leaks, Salem et al. 2019). scalars: loss,
+    entropy, margin, largest probability. logit: the label's log odds (Yeom et al.; LiRA's scaling)
+    and the label, so that each class has its own threshold. Of attributes loss, entropy and log
+    odds are means, the margin is the smallest, and all probabilities are of the right answers.
     """
     if targets.ndim == 2:
         p, y = logits.sigmoid(), targets.to(logits.dtype)
         odds = logits * (2 * y - 1)  # (B, K): log odds of the right answer
         entropy = F.binary_cross_entropy_with_logits(logits, p, reduction="none").mean(1)
         margin, log_odds, top = odds.amin(1), odds.mean(1), odds.sigmoid()
+        posterior = top
     else:
         log_p = logits.log_softmax(1).clamp(min=-30)
         p, y = log_p.exp(), F.one_hot(targets, logits.shape[1]).to(logits.dtype)
@@ -235,9 +237,11 @@ def signals(kind: str, logits: Tensor, targets: Tensor) -> Tensor:
         rest = others.logsumexp(1) - logits.logsumexp(1)  # log(1 - p_y) without cancellation
         log_odds = (own - rest.clamp(min=-30)).clamp(-30, 30)
         entropy, top = -(p * log_p).sum(1), p
+        rivals = (p - 2 * y).sort(1, descending=True).values[:, :-1]  # y's own comes last
+        posterior = torch.cat([own.exp()[:, None], rivals], 1)
         margin = (logits * y).sum(1) - others.amax(1)
     if kind == "posterior":
-        return torch.cat([p, y], 1)
+        return posterior
     if kind == "top3":
         return top.topk(min(3, top.shape[1]), dim=1).values
     if kind == "scalars":
@@ -269,7 +273,8 @@ def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]
 
     Members come from D_r_hat, non-members from D_v, as many of each. The models differ in input and
     architecture (signals, MIModel) and, each on a bootstrap of its own, in training data. None is
-    the SVC that MI is measured with; none sees D_f or the test set. A model trained too little can
+    the SVC that MI is measured with, but its feature, the label's probability, is among their
+    inputs; none sees D_f or the test set. A model trained too little can
     end with its sign inverted (measured), so the balanced accuracy of each is reported on what its
     bootstrap left out.
     """
@@ -284,7 +289,7 @@ def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]
         x = torch.cat([logits[name][rows[name]] for name in sets])  # (2n, K)
         y = torch.cat([targets[name][rows[name]] for name in sets])
         torch.manual_seed(generator(args.seed, 7, number).initial_seed())
-        attack = train_mi_model(kind, x, y, data["classes"], rng, 2 if args.dry_run else MI_STEPS)
+        attack = train_mi_model(kind, x, y, rng, 2 if args.dry_run else MI_STEPS)
         left_out = {name: np.setdiff1d(np.arange(len(z)), rows[name]) for name, z in logits.items()}
         accuracy = None
         if min(map(len, left_out.values())):
@@ -295,18 +300,20 @@ def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]
         models.append(attack.to(data["device"]).requires_grad_(False).eval())
     shown = [f"{r['kind']} {100 * r['left_out']:.0f} %" for r in found if r["left_out"] is not None]
     say("MI models, balanced accuracy (left out of training):", ", ".join(shown))
+    weak = [r["kind"] for r in found if (r["left_out"] or 0) < 0.55]
+    if weak:
+        say(f"little better than chance, so of little guidance to g_f: {', '.join(weak)}")
     return models, found
 
 
-def train_mi_model(kind: str, x: Tensor, y: Tensor, classes: int, rng, steps: int) -> MIModel:
+def train_mi_model(kind: str, x: Tensor, y: Tensor, rng, steps: int) -> MIModel:
     """One MI model, from logits x (2n, K) and labels y of n members and then n non-members."""
     with torch.no_grad():
         seen = signals(kind, x, y)  # (2n, inputs)
     attack, n = MIModel(kind, seen.shape[1]), len(x) // 2
-    attack.mean, attack.std = seen.mean(0), seen.std(0).clamp(min=1e-3)
-    if kind in ("posterior", "logit"):
-        # Labels stay 0 and 1: standardised, a class that only D_f has would become 1 / 0.001.
-        attack.mean[-classes:], attack.std[-classes:] = 0.0, 1.0
+    # A memorising model's probabilities hardly vary, nor does the label of a class that only D_f
+    # has: divided by so little, they would explode once unlearning moves them.
+    attack.mean, attack.std = seen.mean(0), seen.std(0).clamp(min=0.1)
     member = torch.cat([torch.ones(n), torch.zeros(n)])
     optimizer = torch.optim.Adam(attack.parameters(), 1e-2, weight_decay=1e-4)
     for _ in range(steps):
@@ -429,6 +436,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     Returns the copy, a log with the losses of each iteration, and the seconds. Raises SystemExit(2)
     at a step that diverges.
     """
+    torch.backends.cudnn.allow_tf32 = False  # its 10 bits move g_f by 1 to 21 % (emulated)
     student, device = copy.deepcopy(model).train(), data["device"]
     begin = kept = clock(device)
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student

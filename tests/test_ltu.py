@@ -339,15 +339,16 @@ def test_signals_against_a_loop(multilabel):
     for row, (z, y) in enumerate(zip(logits.numpy(), targets.numpy(), strict=True)):
         if multilabel:
             label, p = y, 1 / (1 + np.exp(-z))
-            top = np.where(y == 1, p, 1 - p)
+            top = posterior = np.where(y == 1, p, 1 - p)
             entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
             odds = np.log(top / (1 - top))
             loss, odds, margin = -np.log(top).mean(), odds.mean(), odds.min()
         else:
             label, p = np.eye(5)[y], np.exp(z) / np.exp(z).sum()
             top, loss, entropy = p, -np.log(p[y]), -(p * np.log(p)).sum()
+            posterior = [p[y], *sorted(np.delete(p, y), reverse=True)]
             odds, margin = np.log(p[y] / np.delete(p, y).sum()), z[y] - np.delete(z, y).max()
-        assert got["posterior"][row] == pytest.approx(np.concatenate([p, label]))
+        assert got["posterior"][row] == pytest.approx(posterior)
         assert got["top3"][row] == pytest.approx(np.sort(top)[::-1][:3])
         assert got["scalars"][row] == pytest.approx([loss, entropy, margin, top.max()])
         assert got["logit"][row] == pytest.approx(np.concatenate([[odds], label]))
@@ -524,6 +525,13 @@ def test_result_file(run):
     cosines = np.array([entry["cosine"] for entry in saved["log"]])
     expected = {"share": np.mean(cosines < 0), "mean_cosine": np.mean(cosines)}
     assert len(cosines) == 12 and saved["conflicts"] == pytest.approx(expected)
+
+
+def test_every_mi_model_learns_and_one_that_does_not_is_named(run, digits, capsys):
+    assert min(entry["left_out"] for entry in run.result["mi_models"]) > 0.58
+    L.mi_models(digits.model, digits.data, digits.split, digits.seen, digits.args)  # untrained
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "better than chance" in x)
+    assert set(line.split(": ")[1].split(", ")) <= set(L.KINDS)
 
 
 def test_wrong_labels_are_counted_where_they_are(run, digits):
