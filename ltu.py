@@ -69,6 +69,7 @@ from common import (
 from data import (
     augment,
     draw_augmentation,
+    of_tensors,
     predict,
     random_labels,
     raw_batch,
@@ -479,6 +480,28 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
                 state = dict(model=student.state_dict(), iteration=t, seconds=now - begin, log=log)
                 save_checkpoint(partial, kind="partial unlearning", **state, **identity)
     return student.eval(), log, clock(device) - begin
+
+
+def forget(model, D_f, D_r_hat, D_v, head=None, **flags) -> nn.Module:
+    """A copy of somebody's own model without D_f, by LTU; writes no file.
+
+    model: images -> logits (B, K), see common.Own. D_f, D_r_hat, D_v: see data.of_tensors. flags:
+    of the command line, beta=0.01; alpha, beta and passes are searched where none is given. Raises
+    TypeError for a flag that is none, SystemExit(2) where a step diverges.
+    """
+    args = parse_args(["--forget", "random", "--augment", "none"])
+    if set(flags) - set(METHOD_FLAGS):
+        raise TypeError(f"ltu has no {set(flags) - set(METHOD_FLAGS)}")
+    moved = ("beta", "alpha", "passes")
+    free = [] if set(flags) & set(moved) else list(moved)
+    args = argparse.Namespace(**vars(args) | flags | {"amp": False, "search": free})
+    own = common.Own(copy.deepcopy(model), head)
+    data, split = of_tensors(own, {"forget": D_f, "retain": D_r_hat, "val": D_v})
+    seen = split["retain"]
+    if free:
+        vars(args).update(search(own, data, split, seen, args)[0])
+    attacks = mi_models(own, data, split, seen, args)[0] if args.forfeed else []
+    return unlearn(own, data, split, seen, attacks, args)[0].net
 
 
 # --------------------------------------------------------------------------------------------------

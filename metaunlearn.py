@@ -64,7 +64,15 @@ from common import (
     task_losses,
     with_parameters,
 )
-from data import predict, raw_batch, read_pictures, simulated_requests, targets_of, write_pictures
+from data import (
+    of_tensors,
+    predict,
+    raw_batch,
+    read_pictures,
+    simulated_requests,
+    targets_of,
+    write_pictures,
+)
 from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
@@ -437,8 +445,9 @@ def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args)
 
 def warn_of_vanishing_weights(model, data, split, args):
     """Say so where D_f is memorised: Eq. (6) then multiplies its loss in A by next to nothing."""
-    logits = predict(model, data, split["forget"], args.amp)
-    error = 1 - score(logits, data["targets"][split["forget"]])
+    D_f = split["forget"] or split["retain"]  # of somebody's own data nobody is forgotten yet
+    logits = predict(model, data, D_f, args.amp)
+    error = 1 - score(logits, data["targets"][D_f])
     if args.accuracy_weight and args.aux_loss != "scrub" and error < 0.05:
         advice = "see --no-accuracy-weight"
         say(f"warning: 1 - mAP of D_f is {error:.3f}, so Eq. (6) all but drops its loss; {advice}")
@@ -523,6 +532,46 @@ def search(model, data, split, args, partial=None) -> tuple[dict, dict]:
     return evaluate.search(
         {flag: getattr(args, flag) for flag in args.search}, distance, args, partial
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# Somebody's own model, with no file written
+
+
+def learn_loss(model, D, identities, D_v, head=None, **flags) -> MetaLoss:
+    """h_phi for somebody's own model, learned from its training set D of several people.
+
+    model: images -> logits (B, K), see common.Own. D, D_v: see data.of_tensors; identities (N,):
+    who is in each image of D, whole numbers. flags: of the command line, ids=5 (people in a
+    request), preset="selective". Raises TypeError for a flag that is none.
+    """
+    preset = ["--preset", flags.pop("preset", "paper")]
+    args = parse_args([*preset, "--inputs", "logits,features,targets"])
+    if set(flags) - {*META_FLAGS, "ids", "seed"}:
+        raise TypeError(f"metaunlearn has no {set(flags) - {*META_FLAGS, 'ids', 'seed'}}")
+    args = argparse.Namespace(**vars(args) | flags | {"amp": False})
+    own = common.Own(model, head)
+    data, split = of_tensors(own, {"retain": D, "val": D_v})
+    who = np.asarray(identities)
+    data["identities"] = np.concatenate([who, np.full(len(split["val"]), who.min() - 1)])
+    split |= {"forget": [], "support": [], "train_ids": np.unique(who).tolist()}
+    h_phi = meta_train(own, data | {"target_names": range(data["classes"])}, split, args)[0]
+    h_phi.eta, h_phi.code = args.eta, args.preset == "code"
+    return h_phi
+
+
+def forget(model, h_phi: MetaLoss, S, head=None) -> nn.Module:
+    """A copy of somebody's own model that has unlearned the people of S, one picture each.
+
+    h_phi: as learn_loss gives it for this model. S: (images, targets), see data.of_tensors.
+    """
+    own = common.Own(model, head)
+    data, split = of_tensors(own, {"support": S})
+    who = torch.zeros(len(split["support"]), dtype=torch.long, device=data["device"])
+    S = raw_batch(data, split["support"]), targets_of(data, split["support"]), who
+    theta = updatable(own, h_phi.code)
+    theta_u = unlearn(h_phi, model_function(own), theta, S, h_phi.eta)
+    return with_parameters(own, theta_u).net
 
 
 # --------------------------------------------------------------------------------------------------

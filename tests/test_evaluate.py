@@ -780,7 +780,8 @@ def test_figure_6_keeps_real_people_out_of_git(run, capsys):
 MISTAKES = {
     "": "required", "--table ltu9": "invalid choice", "--figure 7": "invalid choice",
     "--figure 4 --dataset cifar10": "is about identities", "--figure 4 --seeds 0": "--seeds",
-    "--table mu1 --results nowhere": "no run in nowhere", "--attack --references 0": "must lie from 1",
+    "--table mu1 --results nowhere": "no run in nowhere",
+    "--attack --references 0": "must lie from 1",
     "--table all --results empty": "no run in empty",
     "--table mu1 --results bad.jsonl": "bad.jsonl is no packed file",
     "--table mu3 --results x": "no run of --table mu3", "--table ltu1 --results x": "--table ltu1",
