@@ -43,7 +43,6 @@ import argparse
 import copy
 import json
 import math
-import pathlib
 
 import numpy as np
 import torch
@@ -646,7 +645,7 @@ def main(argv=None):
     if args.search:
         chosen, more = search(model, data, split, seen, args, evaluate.tries_path(name, args))
         vars(args).update(chosen)
-    begin, read = clock(device), data["read"]
+    begin, read = clock(device), data.get("read", 0)
     attacks, mi_report = mi_models(model, data, split, seen, args) if args.forfeed else ([], [])
     seconds["mi_models"] = clock(device) - begin
     partial = checkpoint_folder(args) / f"{name}-seed{args.seed}.partial.pt"

@@ -660,6 +660,54 @@ def test_a_simulated_request_has_d_r_without_its_people():
     assert found == {"support": [2, 7], "forget": [3, 8], "retain": kept, "statistics": "D"}
 
 
+def somebodys(K=3, multilabel=False):
+    """A net of plain torch, and the three sets as tensors."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, K)).eval()
+    sets = []
+    for n in (12, 40, 24):
+        labels = torch.randint(2, (n, K)).float() if multilabel else torch.randint(K, (n,))
+        sets.append((torch.randn(n, 3, 8, 8), labels))
+    return net, *sets
+
+
+@pytest.mark.parametrize("method", [method for method in B.METHODS if method != "retrain"])
+def test_somebodys_own_model_unlearns_and_no_file_is_written(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for multilabel in (False, True):
+        net, D_f, D_r, _ = somebodys(multilabel=multilabel)
+        before = copy.deepcopy(net.state_dict())
+        without = B.forget(method, net, D_f, D_r)
+        assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+        assert type(without) is nn.Sequential and without(D_f[0]).shape == (12, 3)
+        assert not torch.equal(flat(without), flat(net)) and flat(without).requires_grad
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_somebodys_own_model_the_step_is_the_same_and_flags_are_searched(monkeypatch):
+    net, D_f, D_r, D_v = somebodys()
+    leaf = copy.deepcopy(net)
+    g = torch.autograd.grad(F.cross_entropy(leaf(D_f[0]), D_f[1]), list(leaf.parameters()))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*D_f), 5)
+    for given in (D_f, loader, loader.dataset):
+        without = B.forget("ga", net, given, unlearn_lr=0.5, unlearn_epochs=1)
+        assert torch.allclose(flat(without), flat(net) + 0.5 * parameters_to_vector(g), atol=1e-6)
+    with patch.object(evaluate, "search", wraps=evaluate.search) as search:
+        monkeypatch.setattr(evaluate, "TRIES", 2)
+        B.forget("scrub", net, D_f, D_r, D_v, ascent_epochs=1)
+    assert list(search.call_args.args[0]) == ["unlearn_lr", "unlearn_epochs"]
+    with pytest.raises(TypeError, match="no {'radius'}"):
+        B.forget("ga", net, D_f, radius=1.0)
+    with pytest.raises(TypeError, match="needs D_r"):
+        B.forget("ft", net, D_f)
+    wrapped = common.Own(net, "5")
+    assert torch.equal(wrapped(D_f[0])[0], net[:5](D_f[0])) and wrapped.width == 4
+    fresh = wrapped.untrained(1)
+    pairs = zip(fresh.parameters(), net.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs if a.ndim > 1)
+
+
 def test_methods_are_short():
     for method, record in B.METHODS.items():
         assert len(inspect.getsource(record["run"]).splitlines()) <= 35, method

@@ -514,7 +514,8 @@ def test_rho_limits_what_is_at_hand(digits):
 
 def test_result_file(run):
     keys = "name dataset setting seed split_seed split_hash flags access metric metrics conflicts"
-    keys += " mi_models log seconds peak_memory_bytes device versions commit date"
+    keys += " mi_models log seconds peak_memory_bytes device versions commit date passes"
+    keys += " retrain_passes"
     path = run.folder / "out" / "digits-random0.1-noise0.1-split0" / "ltu-seed0.json"
     saved = json.loads(path.read_text())
     assert saved == run.result and set(saved) == set(keys.split()) and saved["name"] == "ltu"
@@ -522,6 +523,8 @@ def test_result_file(run):
     assert set(saved["metrics"]) == {"original", "retrained", "ft", "unlearned"}
     assert saved["metric"] == "accuracy" and saved["flags"]["rho"] == 0.3
     assert [set(entry) for entry in saved["mi_models"]] == [{"kind", "left_out"}] * 4
+    # 12 iterations read 4 sets of 64; D_f and D_r_hat are read for Eq. (8), D_r_hat and D_v by MI
+    assert saved["passes"] * 1211 == pytest.approx(12 * 256 + 121 + 2 * 327 + 137)
     cosines = np.array([entry["cosine"] for entry in saved["log"]])
     expected = {"share": np.mean(cosines < 0), "mean_cosine": np.mean(cosines)}
     assert len(cosines) == 12 and saved["conflicts"] == pytest.approx(expected)
@@ -703,6 +706,75 @@ def test_a_step_that_explodes_is_caught_at_once(again, capsys):
     """A finite gradient, an update far too large: stopped by the weights, or the next losses."""
     flags = ["--beta", "1000", "--passes", "1.5", "--name", "exploded"]
     assert "diverged" in refused(capsys, "lower --beta (1000.0)", again, *flags)
+
+
+def test_search_judges_by_images_that_it_does_not_train_on_and_like_takes_its_choice(
+    run, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(E, "TRIES", 3)
+    real, at_hand = L.unlearn, []
+
+    def recording(model, data, split, seen, *more, **options):
+        at_hand.append(set(seen))
+        return real(model, data, split, seen, *more, **options)
+
+    monkeypatch.setattr(L, "unlearn", recording)
+    flags = [*places(run.folder), *SHORT[:6], "--name"]  # without --beta, which is searched
+    found = L.main([*flags, "found", "--search"])
+    assert [set(tried) for tried in found["search"]] == [{"beta", "distance"}] * 3
+    best = min(found["search"], key=lambda tried: tried["distance"])
+    assert found["chosen"] == {"beta": best["beta"]} and found["open"] in ([], ["beta"])
+    assert found["access"]["choosing flags"] == ["forget", "retain (rho 0.3)", "val"]
+    *searched, last, _ = at_hand
+    assert len(last) == 327 and {len(last - tried) for tried in searched} == {32}
+    alike = L.main([*flags, "alike", "--like", "ltu-found"])
+    assert alike["metrics"] == found["metrics"] and "chosen" not in alike
+    twice = L.main([*flags, "twice", "--like", "ltu-found", "--combine", "iterative"])
+    assert len(twice["log"]) == 2 * len(found["log"])
+    refused(capsys, "holds no result of a search", L.main, [*flags, "no", "--like", "ltu"])
+    refused(capsys, "drop it or --search", L.parse_args, ["--like", "ltu", "--search"])
+    whole = ["--forget", "class", "--forget-classes", "1", "--label-noise", "0", "--search"]
+    refused(capsys, "leaves none", L.parse_args, whole)
+
+
+def test_flags_of_unknown_data_are_searched_and_with_identities_on_simulated_requests(
+    flags, monkeypatch
+):
+    assert L.parse_args(flags[:2]).search == ["beta", "alpha", "passes"]
+    assert L.parse_args([*flags[:2], "--passes", "1"]).search == []
+    assert L.parse_args(["--no-metaopt", "--search"]).search == ["beta", "passes"]
+    monkeypatch.setattr(E, "TRIES", 2)
+    args = L.parse_args([*flags, "--support-size", "8", "--passes", "1", "--search"])
+    args.amp = False
+    data, split = T.open_data(args, torch.device("cpu"))
+    model = T.train("original", data, split, args)[0]
+    with record_reads() as read:
+        _, record = L.search(model, data, split, split["retain"], args)
+    read = set(np.concatenate(read).tolist())
+    assert len(record["search"]) == 2 and not read & set(split["test"] + split["support"])
+
+
+def test_somebodys_own_model_unlearns_and_no_file_is_written(tmp_path, monkeypatch):
+    """The same draws with twice the step move it twice as far."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = nn.Sequential(*layers, nn.Linear(4, 3)).eval()
+    D_f, D_r, D_v = ((torch.randn(n, 3, 8, 8), torch.randint(3, (n,))) for n in (12, 40, 24))
+    moved, before = [], flat(net.parameters()).clone()
+    for beta in (0.001, 0.002):
+        given = dict(beta=beta, alpha=0.1, passes=1.0, support_size=12)
+        moved.append(flat(L.forget(net, D_f, D_r, D_v, **given).parameters()) - before)
+    assert torch.equal(flat(net.parameters()), before) and moved[0].norm() > 1e-4
+    assert torch.allclose(2 * moved[0], moved[1], atol=1e-6)
+    monkeypatch.setattr(E, "TRIES", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        searched = []
+        patch.setattr(E, "search", lambda start, *_: searched.append(list(start)) or ({}, {}))
+        L.forget(net, D_f, D_r, D_v, support_size=12)
+    assert searched == [["beta", "alpha", "passes"]] and not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="gamma"):
+        L.forget(net, D_f, D_r, D_v, gamma=1)
 
 
 def test_class_forgetting_run(tmp_path):

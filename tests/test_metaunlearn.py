@@ -467,6 +467,56 @@ def test_run_writes_the_result(trained):
     assert not [*trained.folder.rglob("*.tmp"), *trained.folder.rglob("*.partial.pt")]
 
 
+def test_search_reads_neither_test_nor_support_and_its_choice_is_used(copied, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "TRIES", 4)
+    real, reads = M.search, []
+
+    def recording(*given):
+        with record_reads() as read:
+            found = real(*given)
+        reads.extend(np.concatenate(read).tolist())
+        return found
+
+    monkeypatch.setattr(M, "search", recording)
+    monkeypatch.setattr(T, "train_epoch", None)
+    result = M.main([*copied, "--search", "--name", "found"])
+    assert [set(tried) for tried in result["search"]] == [{"eta", "alpha", "distance"}] * 4
+    assert result["access"]["choosing flags"] == ["retain", "forget", "val"]
+    folder = pathlib.Path(copied[copied.index("--checkpoint-dir", 20) + 1])
+    split = common.load_checkpoint(next(folder.rglob("original-seed0.pt")), "model")["indices"]
+    assert reads and not set(reads) & set(split["test"] + split["support"])
+    meta = common.load_checkpoint(next(folder.rglob("*found-seed0.meta.pt")), "meta-loss")
+    assert {"eta": meta["eta"], "alpha": meta["alpha"]} == result["chosen"]
+    best = min(result["search"], key=lambda tried: tried["distance"])
+    assert best == result["chosen"] | {"distance": 1 - result["simulated_tow"]}
+    refused(capsys, "drop one of them", M.parse_args, ["--search", "--meta-loss", "x"])
+
+
+@pytest.mark.parametrize("preset", ("paper", "code", "selective"))
+def test_somebodys_own_model_learns_a_loss_and_unlearns(preset, tmp_path, monkeypatch):
+    """The step is that of plain torch on the features and logits of S; no file is written."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(inplace=True), torch.nn.AdaptiveAvgPool2d(1)
+    net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(4, 3)).eval()
+    D, D_v = ((torch.randn(n, 3, 8, 8), torch.randint(2, (n, 3)).float()) for n in (24, 12))
+    before, who = flat(net.parameters()).clone(), np.arange(24) // 4
+    h = M.learn_loss(net, D, who, D_v, ids=2, meta_epochs=2, hidden=6, eta=0.2, preset=preset)
+    S = D[0][:2], D[1][:2]
+    without = M.forget(net, h, S)
+    leaf = copy.deepcopy(net)
+    features = leaf[:4](S[0])
+    loss = h(features, leaf[4](features), S[1], torch.zeros(2, dtype=torch.long))
+    g = torch.autograd.grad(loss, list(leaf.parameters()))
+    steps = [t.detach() for t in h.step_sizes(dict(leaf.named_parameters()), 0.2)]
+    want = flat([p - e * d for p, e, d in zip(leaf.parameters(), steps, g, strict=True)])
+    assert torch.allclose(flat(without.parameters()), want, atol=1e-6)
+    assert (want - before).norm() > 1e-4 and torch.equal(flat(net.parameters()), before)
+    assert type(without) is torch.nn.Sequential and not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="gamma"):
+        M.learn_loss(net, D, who, D_v, gamma=1)
+
+
 def test_runs_repeat_exactly_from_saved_models_and_meta_loss(trained, tmp_path, monkeypatch):
     """Also with the meta-loss given by name; and neither run trains anything."""
     monkeypatch.setattr(M, "meta_train", None)
