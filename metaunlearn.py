@@ -332,7 +332,7 @@ def mean_loss(name: str, f, theta_u: dict, data, indices, original: dict, args) 
     """
     leaf = {k: p.detach().requires_grad_() for k, p in theta_u.items()}
     constant = name == "v" and args.preset == "code"  # no gradient through L_task(D_v; theta_u)
-    total, gradient, found = 0.0, [torch.zeros_like(p) for p in leaf.values()], []
+    total, gradient, found = 0.0, (), []
     for start in range(0, len(indices), args.meta_batch_size):
         part = indices[start : start + args.meta_batch_size]
         with torch.set_grad_enabled(not constant):
@@ -341,11 +341,15 @@ def mean_loss(name: str, f, theta_u: dict, data, indices, original: dict, args) 
             losses = image_losses(name, logits, targets_of(data, part), logits_0, scrub)
             mean = losses.sum() / len(indices)
         if not constant:
-            torch._foreach_add_(gradient, torch.autograd.grad(mean, list(leaf.values())))
+            own = torch.autograd.grad(mean, list(leaf.values()))
+            gradient = torch._foreach_add(gradient, own) if gradient else own
         total = total + mean.detach()
         found.append(logits.detach())
-    slope = sum((p * g).sum() for p, g in zip(theta_u.values(), gradient, strict=True))
-    return total + slope - slope.detach(), torch.cat(found)
+    if gradient:
+        pairs = zip(theta_u.values(), gradient, strict=True)
+        slope = sum(torch.dot(p.flatten(), g.flatten()) for p, g in pairs)
+        total = total + (slope - slope.detach())  # in this order: the bracket is exactly 0
+    return total, torch.cat(found)
 
 
 def original_outputs(model, data, split, args) -> dict:

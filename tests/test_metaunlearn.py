@@ -213,9 +213,9 @@ MUTANTS = {
     "A of the last pair only": ('total + part["weight"] *', 'part["weight"] *'),
     "mean of the parts' means": ("losses.sum() / len(indices)",
         "losses.mean() / -(-len(indices) // args.meta_batch_size)"),
-    "gradient of the last part only": ("torch._foreach_add_(gradient, ", "gradient = list("),
+    "gradient of the last part only": ("torch._foreach_add(gradient, own) if gradient else", ""),
     "value of the last part only": ("total + mean.detach()", "mean.detach()"),
-    "the slope in the value": ("slope - slope.detach()", "slope"),
+    "the slope in the value": ("(slope - slope.detach())", "slope"),
     "tangent at the wrong point": ("(theta,), (tangent,))", "(theta_u,), (tangent,))"),
     "no gradient through the validation loss": ('"v" and args.preset == "code"', '"v"'),
     "gradient through it in the authors' code": ('"v" and args.preset == "code"', '"" '),
@@ -656,6 +656,24 @@ def test_check_gradient_notices_a_wrong_meta_gradient(small, monkeypatch):
     monkeypatch.setattr(M, "meta_gradient", halved)
     errors = list(check_gradient(p.net, p.data, p.split, p.args).values())
     assert errors[:2] == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_convolutions_train_in_channels_last_under_autocast_alone(
+    small, tmp_path, amp, monkeypatch
+):
+    """And the model that comes back is laid out like one that is loaded."""
+    flags = ["--dataset", small, "--checkpoint-dir", str(tmp_path), "--ids", "4", "--epochs", "1"]
+    args = T.parse_args([*flags, "--batch-size", "32", "--model", "toy_resnet"])
+    args.amp, data, real, seen = amp, D.load(args), T.train_epoch, []
+
+    def watch(model, *rest):
+        seen.append(model.net.conv1.weight.is_contiguous(memory_format=torch.channels_last))
+        return real(model, *rest)
+
+    monkeypatch.setattr(T, "train_epoch", watch)
+    model, _ = T.train("gold", data, D.identity_split(data, 4, 0), args)
+    assert seen == [amp] and all(p.is_contiguous() for p in model.parameters())
 
 
 def test_gold_never_sees_the_forget_set_and_shares_nothing(small, tmp_path, monkeypatch):
