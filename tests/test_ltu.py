@@ -705,6 +705,30 @@ def test_a_step_that_explodes_is_caught_at_once(again, capsys):
     assert "diverged" in refused(capsys, "lower --beta (1000.0)", again, *flags)
 
 
+def test_step_sizes_that_suit_another_model_are_said(run, again, flags, capsys):
+    """Before training, where they are another data set's; after it, where D_r suffered."""
+    advice = "; try --search"
+    result = again("--beta", "0.3", "--name", "damaged")
+    lost = [result["metrics"][row]["retain"]["accuracy"] for row in ("original", "unlearned")]
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.endswith(advice))
+    assert line.startswith(f"RA fell from {100 * lost[0]:.1f} to {100 * lost[1]:.1f}: the step")
+    again("--beta", "1e-6", "--name", "whole")
+    printed = capsys.readouterr().out
+    assert advice not in printed and "other data sets" not in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(L, "train_both", refuse)
+        with pytest.raises(InterruptedError):
+            L.main([*flags, "--alpha", "0.02"])
+    assert (
+        "--beta 0.03 and --passes 10, where not given, were chosen on other"
+        in capsys.readouterr().out
+    )
+
+
+def refuse(*_):
+    raise InterruptedError
+
+
 def test_class_forgetting_run(tmp_path):
     """Neither the gold model nor LTU should know test images of a class that is gone."""
     flags = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0"]
