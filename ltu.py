@@ -53,18 +53,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import evaluate
-from common import (
-    autocast,
-    clock,
-    fail,
-    flag_name,
-    generator,
-    load_checkpoint,
-    rank_and_world,
-    save_checkpoint,
-    say,
-    task_losses,
-)
+from common import autocast, clock, fail, flag_name, generator, say, task_losses
 from data import (
     augment,
     draw_augmentation,
@@ -139,11 +128,7 @@ def z_1_table(model, data, forget: Tensor, seen: Tensor, amp=False) -> Tensor:
 
 
 def by_label(data, seen: Tensor) -> tuple:
-    """D_r_hat in groups of the same label vector, for z_2.
-
-    Returns the vectors (u, K), the number of images in each group (u,), and the images (n,), group
-    after group.
-    """
+    """D_r_hat grouped by label vector: vectors (u, K), images in each (u,), sorted images (n,)."""
     labels = label_vectors(data, seen)
     vectors, group, count = labels.unique(dim=0, return_inverse=True, return_counts=True)
     return vectors, count, seen[group.argsort()]
@@ -446,7 +431,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     identity |= {flag: getattr(args, flag) for flag in METHOD_FLAGS}
     first, log = 0, []
     if partial and args.resume and partial.is_file():
-        saved = load_checkpoint(partial, "partial unlearning", **identity)
+        saved = common.load_checkpoint(partial, "partial unlearning", **identity)
         student.load_state_dict(saved["model"])
         first, log, begin = saved["iteration"] + 1, saved["log"], begin - saved["seconds"]
         say(f"{method}: resuming after iteration {first}")
@@ -477,7 +462,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
             kept = now
             if partial:
                 state = dict(model=student.state_dict(), iteration=t, seconds=now - begin, log=log)
-                save_checkpoint(partial, kind="partial unlearning", **state, **identity)
+                common.save_checkpoint(partial, kind="partial unlearning", **state, **identity)
     return student.eval(), log, clock(device) - begin
 
 
@@ -516,8 +501,7 @@ def parse_args(argv=None):
     add("--alpha", type=common.positive, default=0.1, help="meta-tune step, Eq. (2)")
     add("--beta", type=common.positive, default=0.03,
         help="meta-update step, Eq. (5), falling to 0 along a cosine")
-    add("--passes", type=common.positive, default=10,
-        help="meta-updates, as passes over D_f: passes x |D_f| / k of them")
+    add("--passes", type=common.positive, default=10, help="meta-updates, as passes over D_f")
     add("--support-size", type=common.between(2, 1e6, int), default=64,
         help="k, images in S, in D_Au and in each query set")
     add("--mi-models", type=common.between(2, 1000, int), default=4,
@@ -622,10 +606,19 @@ def conflicts_in(log: list[dict]) -> dict | None:
     return {"share": share, "mean_cosine": mean}
 
 
+def say_if_damaged(rows: dict):
+    """One line where unlearning took more than 10 points from what should stay."""
+    metric, name = ("accuracy", "RA") if "mi" in rows["original"] else ("score", "D_r's score")
+    was, now = (100 * rows[row]["retain"][metric] for row in ("original", "unlearned"))
+    if was - now > 10:
+        why = "the step sizes do not suit this model; try --search"
+        say(f"{name} fell from {was:.1f} to {now:.1f}: {why}")
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = common.choose_device(args)
-    if rank_and_world()[1] > 1:
+    if common.rank_and_world()[1] > 1:
         fail("ltu.py runs as one process; train.py may be started by torchrun before it")
     common.check_writable(args.checkpoint_dir, args.out, file=args.save)
     flags, name, label = evaluate.flags_of(args), evaluate.run_name("ltu", args), label_of(args)
@@ -634,6 +627,8 @@ def main(argv=None):
         return evaluate.show({label: result})
     if args.like:
         take_from(args.like, args)
+    if args.search and "--search" not in args.given:
+        say(f"no step sizes for {args.dataset} are known, and none are given: they are searched")
     data, split = open_data(args, device)
     seen = reachable(split, args.rho, args.split_seed)
     if len(seen) < 10:
@@ -666,6 +661,7 @@ def main(argv=None):
         name, unlearned, rows, seconds, access, flags, data, split, args, **more
     )
     partial.unlink(missing_ok=True)
+    say_if_damaged(rows)
     return evaluate.show({label: result})
 
 

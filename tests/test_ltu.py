@@ -777,6 +777,27 @@ def test_somebodys_own_model_unlearns_and_no_file_is_written(tmp_path, monkeypat
         L.forget(net, D_f, D_r, D_v, gamma=1)
 
 
+def test_step_sizes_that_suit_another_model_are_said(run, again, flags, capsys):
+    """After unlearning, where D_r suffered; and before training that they are searched."""
+    advice = "; try --search"
+    result = again("--beta", "0.3", "--name", "damaged")
+    lost = [result["metrics"][row]["retain"]["accuracy"] for row in ("original", "unlearned")]
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.endswith(advice))
+    assert line.startswith(f"RA fell from {100 * lost[0]:.1f} to {100 * lost[1]:.1f}: the step")
+    again("--beta", "1e-6", "--name", "whole")
+    printed = capsys.readouterr().out
+    assert advice not in printed and "are searched" not in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(L, "train_both", refuse)
+        with pytest.raises(InterruptedError):
+            L.main(flags)
+    assert "no step sizes for" in capsys.readouterr().out
+
+
+def refuse(*_):
+    raise InterruptedError
+
+
 def test_class_forgetting_run(tmp_path):
     """Neither the gold model nor LTU should know test images of a class that is gone."""
     flags = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0"]
