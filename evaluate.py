@@ -611,6 +611,7 @@ TABLES = {
         **_META,
         "METAUNLEARN code": "metaunlearn-code",
         "METAUNLEARN selective (ours)": "metaunlearn-selective",
+        "the same, 3 epochs": "metaunlearn-selective-3-epochs",
     },
     "mu3": {
         "SCRUB": "metaunlearn-paper-scrub",
@@ -636,14 +637,19 @@ TABLES = {
         for rho in (0.1, 0.3)
         for label, name in {**_RHO, **_LTU}.items()
     },
-    "ltu3": {f"w/o {p}": f"ltu-no-{p.lower()}" for p in ("ForFeed", "RemFeed", "MetaOpt")} | _LTU,
-    "ltu4": {"GradAdd": "ltu-add", "Iterative": "ltu-iterative", **_LTU},
-    "ltu-departures": {
-        "first order": "ltu-first-order",
-        "two MI models": "ltu-2-mi-models",
-        "eight MI models": "ltu-8-mi-models",
-        "120 iterations": "ltu-120-iterations",
-        "all of D_r (rho 1)": "ltu-rho1",
+    # An ablation twice: with flags of its own, and with those that LTU's search chose (Iterative at
+    # twice the passes, so that it has as many gradients of each kind).
+    "ltu3": {
+        f"w/o {part}{said}": f"ltu-no-{part.lower()}{ending}"
+        for part in ("ForFeed", "RemFeed", "MetaOpt")
+        for said, ending in {"": "", ", LTU's flags": "-same"}.items()
+    }
+    | _LTU,
+    "ltu4": {
+        "GradAdd": "ltu-add",
+        "GradAdd, LTU's flags": "ltu-add-same",
+        "Iterative": "ltu-iterative",
+        "Iterative, as many gradients": "ltu-iterative-same",
         **_LTU,
     },
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # faces-vit-5.jsonl, -10, -20: the same pictures at 70 px, a pretrained ViT-S/14 (DINOv2), three splits.
 # Every finished run is skipped, an interrupted one goes on. Some days on one core; --amp wants bf16 units.
+# Made by commit 5c5acca, before one rule searched every method: git checkout 5c5acca first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # another number of threads rounds differently

@@ -170,7 +170,11 @@ def runs_of(calls: list[list[str]]) -> tuple[dict, dict]:
     return made, packed
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "results").glob("*.sh")), ids=lambda p: p.name)
+# Those of an earlier version of the code name its commit.
+SCRIPTS = [p for p in (ROOT / "results").glob("*.sh") if "git checkout" not in p.read_text()]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS), ids=lambda p: p.name)
 def test_each_script_makes_the_runs_that_are_packed(script, tmp_path):
     """The same names and split seeds, and the same flags but for what a search chose."""
     import evaluate
