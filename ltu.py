@@ -320,8 +320,8 @@ def harmonize(g_r: list[Tensor], g_f: list[Tensor]) -> tuple[list[Tensor], float
     Only g_f is projected, never g_r.
     """
     r_f, r_r, f_f = dot(g_r, g_f), dot(g_r, g_r), dot(g_f, g_f)
-    norms = (r_r * f_f).sqrt().item()
-    cosine = r_f.item() / norms if norms else 0.0  # squares of 1e-30 are 0 in float32
+    size = (r_r * f_f).sqrt().item()
+    cosine = r_f.item() / size if size else 0.0  # g_f vanishes where the MI models are satisfied
     if cosine < 0:
         g_f = [f - (r_f / r_r).item() * r for f, r in zip(g_f, g_r, strict=True)]  # Eq. (12)
     return g_f, cosine
