@@ -219,6 +219,7 @@ def validation_gap(unlearned, model, data, split, judged_by, args) -> dict:
 
 
 TRIES = 12  # settings that a search tries, the same for every method
+DOES_MORE_WHEN_SMALLER = ("ssd_alpha",)
 SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are moved
 LONGEST = 0.2  # passes over D over those of training: more would be no cheaper than to retrain
 
@@ -229,7 +230,7 @@ def search(start: dict, distance, args, partial=None, most=()) -> tuple[dict, di
     start: {flag: value}, the step size first. distance(values) says how far a setting is from the
     goal. One flag at a time is moved half a decade up or down; where that is better it is moved on,
     so that no range has an edge. Where no move is better, moves become half as long. A step size
-    also goes up where nothing changes, for there it is too small to do anything. It ends after
+    also grows where nothing changes, for there it is too small to do anything. It ends after
     TRIES settings, or at moves of a sixteenth of a decade. Returns the best values, and a record:
     `chosen`, `search` (all that was tried) and `open`, flags whose best value is the largest or the
     smallest tried. partial: where tries are kept, so that --resume does not repeat them. most:
@@ -261,6 +262,7 @@ def search(start: dict, distance, args, partial=None, most=()) -> tuple[dict, di
         return own[0]["distance"] if own and own[0]["distance"] is not None else math.inf
 
     first, place, length = next(iter(start)), dict.fromkeys(start, 0), 8
+    stronger = -1 if first in DOES_MORE_WHEN_SMALLER else 1
     least = measured(place)
     while length and len(tried) < TRIES:
         before = place
@@ -268,7 +270,7 @@ def search(start: dict, distance, args, partial=None, most=()) -> tuple[dict, di
             better = True
             while better:
                 new = place | {flag: place[flag] + way}
-                found, up = measured(new), flag == first and way > 0
+                found, up = measured(new), flag == first and way * stronger > 0
                 changes = values_at(new) != values_at(place)
                 better = changes and (found < least or (up and found == least < math.inf))
                 place, least = (new, found) if better else (place, least)

@@ -25,9 +25,8 @@ Where the paper is silent, or its authors' code differs, a preset decides:
                         of h_phi starts at 0, so that the first update is exactly 0.
     --preset code       The authors' code: smooth-L1 distance in A; no gradient through
                         L_task(D_v; theta_u); A averaged over pairs of 64 images of D_f and D_v;
-                        cls_token and pos_embed stay; the last layer of h_phi starts at random, the
-                        others have 512 units and dropout; its cosine goes down once an epoch; S is
-                        run in float32 where the rest is in bf16.
+                        cls_token and pos_embed stay; h_phi is wide, has dropout and starts at
+                        random; a cosine by epoch; S in float32 where the rest is in bf16.
     --preset selective  Ours: A is the second term of Eq. (8) without 1 - mAP, and 0.3 times what
                         retained people lose, of which no term of Eq. (8) speaks. h_phi sees losses,
                         logits and targets, and a step size of each parameter is learned too.
@@ -77,11 +76,11 @@ from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 # What --dataset and --preset bring along; a flag on the command line wins. Values: authors' code.
-_FACES = dict(hidden=512, dropout=0.5, alpha=1e-4, meta_batch_size=64)
+_CODE = dict(hidden=512, dropout=0.5, alpha=1e-4)
+_FACES = dict(_CODE, meta_batch_size=64)
 _DATASETS = {"celebahq": _FACES, "celeba": _FACES, "qmnist": dict(meta_epochs=1)}
 _SELECTIVE = dict(inputs="logits,targets,losses", aux_loss="second", accuracy_weight=False)
 _SELECTIVE |= dict(retain_weight=0.3, alpha_step=0.3)
-_CODE = dict(hidden=512, dropout=0.5, alpha=1e-4)
 _PRESETS = {"paper": {}, "code": _CODE, "selective": _SELECTIVE}
 PRESETS = {name: own | _DATASETS.get(name, {}) for name, own in TRAINING_PRESETS.items()} | _PRESETS
 # One epoch has 12 requests here, and 187 with CelebA-HQ/20.
@@ -453,8 +452,7 @@ def warn_of_vanishing_weights(model, data, split, args):
     logits = predict(model, data, D_f, args.amp)
     error = 1 - score(logits, data["targets"][D_f])
     if args.accuracy_weight and args.aux_loss != "scrub" and error < 0.05:
-        advice = "see --no-accuracy-weight"
-        say(f"warning: 1 - mAP of D_f is {error:.3f}, so Eq. (6) all but drops its loss; {advice}")
+        say(f"warning: 1 - mAP of D_f is {error:.3f}: Eq. (6) drops its loss; --no-accuracy-weight")
 
 
 def meta_train(model, data, split, args, path=None) -> tuple[MetaLoss, float]:
@@ -486,10 +484,8 @@ def meta_train(model, data, split, args, path=None) -> tuple[MetaLoss, float]:
         epoch_began = common.clock(device)
         A = meta_epoch(h_phi, optimizer, model, data, split, original, epoch, args)
         if not all(torch.isfinite(p).all() for p in h_phi.parameters()):
-            steps = (
-                f"--alpha ({args.alpha}), --alpha-step ({args.alpha_step}) or --eta ({args.eta})"
-            )
-            fail(f"the meta-loss is not finite in epoch {epoch + 1}; lower {steps}")
+            advice = "lower --alpha, --alpha-step or --eta"
+            fail(f"the meta-loss is not finite in epoch {epoch + 1}; {advice}")
         now = common.clock(device)
         took = now - epoch_began
         say(
@@ -590,10 +586,10 @@ SUPPORT_FLAGS = ("meta_loss", "support", "save", "overwrite", "device", "amp")
 
 def meta_loss_content(data, split, args) -> dict:
     """What a meta-loss file says of itself: enough to unlearn with no other file at hand."""
-    content = {"split": split["hash"], "seed": args.seed, "which": "original"}
-    content |= {"architecture": args.model, "image_size": args.image_size}
-    content |= {"target_names": [str(name) for name in data["target_names"]]}
-    content |= {"train_ids": split["train_ids"], "multilabel": data["targets"].ndim == 2}
+    content = dict(which="original", architecture=args.model, image_size=args.image_size)
+    content |= dict(target_names=[str(name) for name in data["target_names"]])
+    content |= dict(split=split["hash"], train_ids=split["train_ids"], seed=args.seed)
+    content |= dict(multilabel=data["targets"].ndim == 2)
     return content | {flag: getattr(args, flag) for flag in META_FLAGS}
 
 
@@ -611,14 +607,12 @@ def restore_meta_loss(saved: dict, path, model, data, split, args) -> tuple[Meta
     """h_phi of a file that was made for these very weights, and the seconds that it took."""
     with common.reading(path):
         h_phi = new_meta_loss(model, data, split, args)
-        same = [torch.equal(t.cpu(), saved["model"][k]) for k, t in model.state_dict().items()]
         h_phi.load_state_dict(saved["phi"])
-        seconds = float(saved["seconds"])
-    if not all(same):
-        original = checkpoint_folder(args) / f"original-seed{args.seed}.pt"
-        fail(f"{path} was learned for other weights than {original}; delete one of them")
-    say(f"meta-loss: loaded {path}")
-    return h_phi.eval(), seconds
+        if any(not torch.equal(t.cpu(), saved["model"][k]) for k, t in model.state_dict().items()):
+            original = checkpoint_folder(args) / f"original-seed{args.seed}.pt"
+            fail(f"{path} was learned for other weights than {original}; delete one of them")
+        say(f"meta-loss: loaded {path}")
+        return h_phi.eval(), float(saved["seconds"])
 
 
 def unlearn_from_files(saved: dict, args, device):
@@ -670,18 +664,17 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
         chosen, more = search(model, data, split, args, evaluate.tries_path(name, args))
         vars(args).update(chosen)
     if saved:
-        h_phi, took = restore_meta_loss(saved, path, model, data, split, args)
+        found = restore_meta_loss(saved, path, model, data, split, args)
     else:
-        h_phi, took = meta_train(model, data, split, args, path)
-    seconds["meta_train"] = took
-
+        found = meta_train(model, data, split, args, path)
+    h_phi, seconds["meta_train"] = found
     f, theta = f_and_theta(model, args)
     S = support_batch(data, split["train_ids"], split["support"])
     more["passes"] = len(split["support"]) / (len(split["retain"]) + len(split["forget"]))
-    begin = common.clock(data["device"])
+    began = common.clock(data["device"])
     theta_u = unlearn(h_phi, f, theta, S, args.eta)
-    unlearned_at = common.clock(data["device"])
-    seconds["unlearn"] = unlearned_at - begin
+    done = common.clock(data["device"])
+    seconds["unlearn"] = done - began
 
     # The bar that a learned loss must clear: one gradient-ascent step on the same pictures.
     ascended, ascent_step, problems = baselines.ascent_step(model, data, split, args)
@@ -691,7 +684,7 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     models = {"original": model, "retrained": gold, "ascent": ascended}
     models["unlearned"] = with_parameters(model, theta_u)
     rows = {row: evaluate.measure(m, data, split, args.amp) for row, m in models.items()}
-    seconds["evaluate"] = common.clock(data["device"]) - unlearned_at
+    seconds["evaluate"] = common.clock(data["device"]) - done
     reads = ["retain", "forget", "val"]
     access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
     access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}
@@ -772,12 +765,9 @@ def parse_args(argv=None):
 
 def input_names(text: str) -> str:
     """The argparse type of --inputs."""
-    names = set(text.split(","))
-    if not names <= {"logits", "features", "targets", "ids", "losses"}:
-        what = "some of logits, features, targets, ids, losses"
-        raise argparse.ArgumentTypeError(f"{text}: name {what}")
-    if names <= {"targets", "ids"}:
-        what = "logits, features or losses, which depend on theta"
+    names, of_theta = set(text.split(",")), {"logits", "features", "losses"}
+    if not names <= of_theta | {"targets", "ids"} or not names & of_theta:
+        what = "some of logits, features, losses, and of targets, ids beside them"
         raise argparse.ArgumentTypeError(f"{text}: name {what}")
     return text
 

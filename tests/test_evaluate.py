@@ -458,6 +458,8 @@ def check_search(module, folder):
 
     best, record = search({"lr": 0.2, "b": 1.0}, band)
     assert 1 <= best["lr"] <= 2 and {t["distance"] for t in record["search"]} == {None, 0.1, 0.3}
+    selects = search({"ssd_alpha": 9.0}, lambda values: 0.2 if values["ssd_alpha"] > 2 else 0.1)
+    assert selects[0]["ssd_alpha"] <= 2  # the smaller, the more it does
     # Whole numbers stay whole, from 1 to a fifth of training's epochs; a share moves by its odds.
     best, record = search({"unlearn_epochs": 3}, lambda values: -values["unlearn_epochs"])
     assert best == {"unlearn_epochs": 8} and record["open"] == []
