@@ -855,7 +855,7 @@ def test_retrain_is_the_gold_model_of_another_seed(trained, tmp_path):
     assert B.parse_args([]).method == [method for method in B.METHODS if method != "retrain"]
     assert B.parse_args(["--method", "all", "retrain"]).method == list(B.METHODS)
     again = B.main([*run.flags, "--method", "retrain", "--overwrite"])["Second gold"]
-    assert again["seconds"]["unlearn"] == run.results["retrain"]["seconds"]["unlearn"] > 0.1
+    assert again["seconds"]["unlearn"] == run.results["retrain"]["seconds"]["unlearn"] > 0.01
 
 
 def test_search_reads_neither_test_set_nor_gold(trained):

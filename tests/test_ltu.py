@@ -802,7 +802,7 @@ def refuse(*_):
 def test_class_forgetting_run(tmp_path):
     """Neither the gold model nor LTU should know test images of a class that is gone."""
     flags = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0"]
-    flags += ["--epochs", "5", "--passes", "4", "--alpha", "0.3", "--beta", "0.03"]
+    flags += ["--epochs", "5", "--passes", "12", "--alpha", "0.3", "--beta", "0.03"]
     result = L.main([*places(tmp_path), *flags])
     assert result["setting"] == "class3-split0"
     rows = result["metrics"]
