@@ -850,7 +850,7 @@ def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> n
     if wrong or (D_r is None and METHODS[method]["touches"] != FORGET):
         raise TypeError(f"{method} has no {wrong}" if wrong else f"{method} needs D_r")
     parts = {"forget": D_f, "retain": D_r, "val": D_v}
-    own = common.Own(copy.deepcopy(model), head)
+    own = common.Own(model, head)
     data, split = of_tensors(own, {k: part for k, part in parts.items() if part is not None})
     args = parse_args(["--method", method, "--forget", "random", "--augment", "none"])
     args = argparse.Namespace(**vars(args) | flags | {"amp": False})

@@ -449,12 +449,13 @@ class Own(nn.Module):
 
     net: images -> logits (B, K). head: the name of the linear layer that gives them, whose input
     are the features (B, D); left out: its last linear layer. Images are what net takes, normalised.
+    net is copied, so that neither its weights nor its mode change.
     """
 
     def __init__(self, net: nn.Module, head: str | None = None):
         super().__init__()
         linear = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-        self.net, self.head = net, head or linear[-1]
+        self.net, self.head = copy.deepcopy(net), head or linear[-1]
         self.width = net.get_submodule(self.head).in_features  # D
         self.register_buffer("std", torch.ones(1))
 

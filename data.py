@@ -572,7 +572,7 @@ def of_tensors(model, parts: dict) -> tuple[dict, dict]:
         split[name] = list(range(first, first + len(part[1])))
         first += len(part[1])
     images, targets = (torch.cat([part[i] for part in pairs]) for i in (0, 1))
-    targets = targets.float() if targets.ndim == 2 else targets.long()
+    targets = (targets.float() if targets.ndim == 2 else targets.long()).cpu()
     device = next(model.parameters()).device
     data = {"name": "own", "images": images, "targets": targets, "true_targets": targets}
     with torch.no_grad():

@@ -288,7 +288,7 @@ def moved(flag: str, start, sixteenths: int, most: float):
     """The value of a flag so many sixteenths of a decade from its start; of a share, its odds."""
     factor = 10 ** (sixteenths / 16)
     if isinstance(start, int):
-        return int(min(max(1, round(start * factor)), most))  # most is a whole number or inf
+        return int(min(max(1, round(start * factor)), most))
     if flag in SHARES:
         odds = start / (1 - start) * factor
         return float(f"{odds / (1 + odds):.3g}")

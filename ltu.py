@@ -456,10 +456,11 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
             fail(f"{method}: iteration {t + 1} diverged (loss {loss:g}); {advice}")
         log.append(told)
         now = clock(device)
-        if now - kept > 60 or (t + 1) % max(1, total // 5) == 0:
+        due = now - kept >= common.PARTIAL_EVERY
+        if due or (t + 1) % max(1, total // 5) == 0:
             said = ", ".join(f"{name} {value:.3f}" for name, value in told.items())
             say(f"{method} iteration {t + 1}/{total}: {said}")
-        if now - kept > 60:
+        if due:
             kept = now
             if partial:
                 state = dict(model=student.state_dict(), iteration=t, seconds=now - begin, log=log)
@@ -480,7 +481,7 @@ def forget(model, D_f, D_r_hat, D_v, head=None, **flags) -> nn.Module:
     moved = ("beta", "alpha", "passes")
     free = [] if set(flags) & set(moved) else list(moved)
     args = argparse.Namespace(**vars(args) | flags | {"amp": False, "search": free})
-    own = common.Own(copy.deepcopy(model), head)
+    own = common.Own(model, head)
     data, split = of_tensors(own, {"forget": D_f, "retain": D_r_hat, "val": D_v})
     seen = split["retain"]
     if free:

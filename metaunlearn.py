@@ -774,8 +774,7 @@ def input_names(text: str) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
-    words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    typed = {word.replace("--no-", "--") for word in words if word.startswith("--")}
+    typed = {word.replace("--no-", "--") for word in args.given if word.startswith("--")}
     device = common.choose_device(args)
     if args.check_gradient and device.type == "mps":
         device = torch.device("cpu")  # MPS has no float64

@@ -117,9 +117,8 @@ def train(which: str, data: dict, split: dict, args):
     """Train or load the model `which`, "original" (on D_tr) or "gold" (on D_r); also its seconds.
 
     With --resume training goes on after the last epoch that was kept, of which there is at most one
-    a minute. Under torchrun each process takes
-    its share of every batch, and the result is that of one process but for rounding and batch-norm
-    statistics. Raises SystemExit(2) for a checkpoint of
+    a minute. Under torchrun each process takes its share of every batch, and the result is that of
+    one process but for rounding and batch-norm statistics. Raises SystemExit(2) for a checkpoint of
     another split or recipe, and when the loss is no longer finite.
     """
     assert which in ("original", "gold"), which

@@ -931,6 +931,7 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, mon
         assert result["chosen"] == {"unlearn_lr": best["unlearn_lr"]} and result["passes"] > 0
         assert result["access"]["choosing flags"] == ["forget", "retain (rho 0.5)", "val"]
     assert len(list(run.folder.rglob("*-searched-seed0.png"))) == 2
+    assert not list(run.folder.rglob("*.tries"))  # of use to an interrupted search alone
     lr, saved = results["GA"]["chosen"]["unlearn_lr"], str(run.folder / "ga.pt")
     result = B.main([*once, "--unlearn-lr", str(lr), "--name", "given", "--save", saved])["GA"]
     assert result["search"] == [] and result["chosen"] == {}  # a given flag is not searched

@@ -525,6 +525,7 @@ def test_result_file(run):
     assert saved["metric"] == "accuracy" and saved["flags"]["rho"] == 0.3
     assert [set(entry) for entry in saved["mi_models"]] == [{"kind", "left_out"}] * 4
     # 12 iterations read 4 sets of 64; D_f and D_r_hat are read for Eq. (8), D_r_hat and D_v by MI
+    assert saved["retrain_passes"] == pytest.approx(25 * 1090 / 1211)
     assert saved["passes"] * 1211 == pytest.approx(12 * 256 + 121 + 2 * 327 + 137)
     cosines = np.array([entry["cosine"] for entry in saved["log"]])
     expected = {"share": np.mean(cosines < 0), "mean_cosine": np.mean(cosines)}
