@@ -795,10 +795,14 @@ def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float, f
 def sets_of(split: dict, args) -> dict:
     """Index tensors by name: forget, retain (its share rho), support, statistics (D_r and D_f).
 
-    statistics holds D_r whole, whatever rho; `split` is there for the second gold model.
+    statistics holds D_r whole, whatever rho; `split` is there for the second gold model. judges:
+    see evaluate.hold_out.
     """
     most = 64 if args.dry_run else None
-    sets = {"forget": split["forget"], "retain": reachable(split, args.rho, args.split_seed)}
+    retain = judges = reachable(split, args.rho, args.split_seed)
+    if args.search:
+        retain, judges = evaluate.hold_out(retain, args)
+    sets = {"forget": split["forget"], "retain": retain, "judges": judges}
     sets |= {"support": split["support"]} if "support" in split else {}
     sets = {name: torch.tensor(indices[:most]) for name, indices in sets.items()}
     D = torch.cat([torch.tensor(split["retain"][:most]), sets["forget"]])
@@ -815,15 +819,13 @@ def search(method: str, model, data, split, sets, args, problems=None, partial=N
     axes = [flag for flag in METHODS[method]["search"] if getattr(args, flag) is None]
     if problems is None and args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
-    kept, judged_by = evaluate.hold_out(sets["retain"].tolist(), split, args)
-    sets["retain"] = torch.tensor(kept)
 
     def distance(values) -> float:
         def unlearn(problem=None):
             own = simulated_sets(problem, sets) if problem else sets
             return run(method, model, data, own, own_args(method, args, **values))[0]
 
-        return evaluate.judge(unlearn, problems, model, data, split, judged_by, args)
+        return evaluate.judge(unlearn, problems, model, data, split, sets["judges"].tolist(), args)
 
     if not axes:
         return {}, {"chosen": {}, "search": [], "open": []}
@@ -855,7 +857,7 @@ def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> n
     args = parse_args(["--method", method, "--forget", "random", "--augment", "none"])
     args = argparse.Namespace(**vars(args) | flags | {"amp": False})
     sets = {k: torch.tensor(split.setdefault(k, [])) for k in ("forget", "retain")}
-    sets["statistics"] = torch.cat([sets["forget"], sets["retain"]])
+    sets |= {"statistics": torch.cat([*sets.values()]), "judges": sets["retain"]}
     chosen = search(method, own, data, split, sets, args)[0] if D_v is not None else {}
     student = run(method, own, data, sets, own_args(method, args, **chosen))[0]
     return student.net.requires_grad_(True)
@@ -891,7 +893,7 @@ def run_and_report(method, model, both, data, split, sets, seconds, args, flags)
             fail(str(error))
         say(f"{error}; left out")
         return None
-    begin, seen = clock(data["device"]), sets["retain"].tolist()
+    begin, seen = clock(data["device"]), reachable(split, args.rho, args.split_seed)
     rows = both | {"unlearned": evaluate.measure(student, data, split, args.amp, seen)}
     seconds = seconds | {"unlearn": took, "evaluate": clock(data["device"]) - begin}
     share = f"retain (rho {args.rho:g})"
@@ -986,7 +988,7 @@ def main(argv=None):
     if missing:
         data, split = open_data(args, device)
         sets = sets_of(split, args)
-        seen, whole = sets["retain"].tolist(), len(split["retain"])
+        seen, whole = reachable(split, args.rho, args.split_seed), len(split["retain"])
         if not seen:
             fail(f"--rho {args.rho} leaves nothing of D_r's {whole} images; give a larger one")
         model, gold, seconds = train_both(data, split, args)

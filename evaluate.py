@@ -171,13 +171,15 @@ def simulated_tow(unlearn, problems, data, amp) -> float:
     return float(np.mean(values))
 
 
-def hold_out(seen: list, split, args) -> tuple[list, list]:
-    """The part of D_r_hat (`seen`) with which a setting is tried, and the part that judges it.
+def hold_out(seen: list, args) -> tuple[list, list]:
+    """The part of D_r_hat (`seen`) that a searched method gets, and the part that judges it.
 
     Where some of D_r is out of reach, a tenth (30 images at least) is kept from the method: on the
-    images that it trains on, it would look as good as if it had all of D_r.
+    images that it trains on, it would look as good as if it had all of D_r. The chosen setting runs
+    without these too, so that the model that was judged is the one that is handed out: with a few
+    images more, a large step can end at quite another model (FT in results/LOG.md).
     """
-    if "support" in split or len(seen) == len(split["retain"]):
+    if args.forget == "identities" or args.rho == 1:
         return seen, seen
     order = np.random.default_rng([args.split_seed, 16]).permutation(seen).tolist()
     number = min(max(30, len(seen) // 10), len(seen) // 2)

@@ -484,10 +484,11 @@ def forget(model, D_f, D_r_hat, D_v, head=None, **flags) -> nn.Module:
     own = common.Own(model, head)
     data, split = of_tensors(own, {"forget": D_f, "retain": D_r_hat, "val": D_v})
     seen = split["retain"]
+    at_hand, judges = evaluate.hold_out(seen, args) if free else (seen, seen)
+    attacks = mi_models(own, data, split, at_hand, args)[0] if args.forfeed else []
     if free:
-        vars(args).update(search(own, data, split, seen, args)[0])
-    attacks = mi_models(own, data, split, seen, args)[0] if args.forfeed else []
-    return unlearn(own, data, split, seen, attacks, args)[0].net
+        vars(args).update(search(own, data, split, at_hand, judges, attacks, args)[0])
+    return unlearn(own, data, split, at_hand, attacks, args)[0].net
 
 
 # --------------------------------------------------------------------------------------------------
@@ -544,26 +545,24 @@ def parse_args(argv=None):
     return args
 
 
-def search(model, data, split, seen, args, partial=None) -> tuple[dict, dict]:
+def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> tuple[dict, dict]:
     """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
     problems = None
     if args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
-    kept, judged_by = evaluate.hold_out(seen, split, args)
-    attacks = mi_models(model, data, split, kept, args)[0] if args.forfeed else []
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values)
 
         def unlearned(problem=None):
-            request, at_hand = split, kept
+            request, others = split, at_hand
             if problem:
                 request = split | {"forget": problem["sets"]["forget"].tolist()}
                 gone = {*request["forget"], *problem["support"].tolist()}
-                at_hand = [i for i in kept + split["forget"] if i not in gone]
-            return unlearn(model, data, request, at_hand, attacks, own)[0]
+                others = [i for i in at_hand + split["forget"] if i not in gone]
+            return unlearn(model, data, request, others, attacks, own)[0]
 
-        return evaluate.judge(unlearned, problems, model, data, split, judged_by, args)
+        return evaluate.judge(unlearned, problems, model, data, split, judges, args)
 
     # An iteration reads S and N query sets.
     D = len(split["retain"]) + len(split["forget"])
@@ -639,16 +638,21 @@ def main(argv=None):
     say(f"D_r_hat: {len(seen):,} images (rho {args.rho:g})")
     model, gold, seconds = train_both(data, split, args)
     more, reads = {}, ["forget", f"retain (rho {args.rho:g})"]
-    if args.search:
-        chosen, more = search(model, data, split, seen, args, evaluate.tries_path(name, args))
-        vars(args).update(chosen)
+    # What --like takes was chosen without the judging images, and is compared with that run.
+    at_hand, judges = evaluate.hold_out(seen, args) if args.search or args.like else (seen, seen)
     begin, read = clock(device), data.get("read", 0)
-    attacks, mi_report = mi_models(model, data, split, seen, args) if args.forfeed else ([], [])
-    seconds["mi_models"] = clock(device) - begin
+    attacks, mi_report = mi_models(model, data, split, at_hand, args) if args.forfeed else ([], [])
+    seconds["mi_models"], by_attacks = clock(device) - begin, data.get("read", 0) - read
+    if args.search:
+        tries = evaluate.tries_path(name, args)
+        chosen, more = search(model, data, split, at_hand, judges, attacks, args, tries)
+        vars(args).update(chosen)
     partial = checkpoint_folder(args) / f"{name}-seed{args.seed}.partial.pt"
-    unlearned, log, seconds["unlearn"] = unlearn(model, data, split, seen, attacks, args, partial)
+    read = data.get("read", 0) - by_attacks
+    have = (model, data, split, at_hand, attacks, args)
+    unlearned, log, seconds["unlearn"] = unlearn(*have, partial)
     more["passes"] = (data["read"] - read) / (len(split["retain"]) + len(split["forget"]))
-    finetuned, _, seconds["ft"] = unlearn(model, data, split, seen, attacks, args, method="ft")
+    finetuned, _, seconds["ft"] = unlearn(*have, method="ft")
 
     begin = clock(device)
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}

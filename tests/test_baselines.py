@@ -861,7 +861,8 @@ def test_retrain_is_the_gold_model_of_another_seed(trained, tmp_path):
 def test_search_reads_neither_test_set_nor_gold(trained):
     """With rho below 1 the images that judge are never trained on."""
     for protocol, run in trained.items():
-        args, data, split, model = opened(run, "--method", "ft", "--unlearn-epochs", "1")
+        flags = ("--method", "ft", "--unlearn-epochs", "1", "--search")
+        args, data, split, model = opened(run, *flags)
         sets, trained_on = B.sets_of(split, args), []
 
         def run_one(method, model, data, have, own, trained_on=trained_on):
@@ -874,7 +875,7 @@ def test_search_reads_neither_test_set_nor_gold(trained):
         assert read and not read & set(split["test"]) and record["chosen"] == best
         assert protocol == "random" or not read & set(split["support"])
         if protocol == "random":
-            judged_by = set(sets["retain"].tolist()) - set(trained_on)
+            judged_by = set(B.reachable(split, args.rho, 0)) - set(trained_on)
             assert len(judged_by) == 30 and judged_by <= read
             assert not set(trained_on) & read
 
@@ -932,6 +933,12 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, mon
         assert result["access"]["choosing flags"] == ["forget", "retain (rho 0.5)", "val"]
     assert len(list(run.folder.rglob("*-searched-seed0.png"))) == 2
     assert not list(run.folder.rglob("*.tries"))  # of use to an interrupted search alone
+    # The model that was judged is the one that is handed out.
+    args, data, split, model = opened(run, "--search")
+    judges, ft = B.sets_of(split, args)["judges"].tolist(), copy.deepcopy(model)
+    ft.load_state_dict(state(run, "ft-searched"))
+    got = evaluate.validation_gap(ft, model, data, split, judges, args)["mean"]
+    assert best["distance"] == pytest.approx(got, abs=1e-5)
     lr, saved = results["GA"]["chosen"]["unlearn_lr"], str(run.folder / "ga.pt")
     result = B.main([*once, "--unlearn-lr", str(lr), "--name", "given", "--save", saved])["GA"]
     assert result["search"] == [] and result["chosen"] == {}  # a given flag is not searched

@@ -491,11 +491,12 @@ def check_search(module, folder):
 
 def check_hold_out(module):
     """Below rho 1 a part of D_r_hat judges that the method does not get; the real gap, by hand."""
-    split, args = {"retain": list(range(1000))}, T.parse_args([])
-    for n, judges in ((1000, 1000), (500, 50), (100, 30), (40, 20)):
-        kept, judged_by = module.hold_out(list(range(n)), split, args)
+    args = T.parse_args(["--forget", "random"])
+    for n, rho, judges in ((1000, 1, 1000), (500, 0.5, 50), (100, 0.1, 30), (40, 0.1, 20)):
+        args.rho = rho
+        kept, judged_by = module.hold_out(list(range(n)), args)
         assert len(judged_by) == judges and set(kept) | set(judged_by) == set(range(n))
-        assert n == 1000 or not set(kept) & set(judged_by)
+        assert rho == 1 or not set(kept) & set(judged_by)
 
 
 def checks(module, faces, capsys):

@@ -710,9 +710,10 @@ def test_a_step_that_explodes_is_caught_at_once(again, capsys):
     assert "diverged" in refused(capsys, "lower --beta (1000.0)", again, *flags)
 
 
-def test_search_judges_by_images_that_it_does_not_train_on_and_like_takes_its_choice(
+def test_search_hands_out_the_model_that_was_judged_and_like_takes_its_choice(
     run, monkeypatch, tmp_path, capsys
 ):
+    """It is judged by images that it was not trained on, and these stay left out."""
     monkeypatch.setattr(E, "TRIES", 3)
     real, at_hand = L.unlearn, []
 
@@ -727,8 +728,15 @@ def test_search_judges_by_images_that_it_does_not_train_on_and_like_takes_its_ch
     best = min(found["search"], key=lambda tried: tried["distance"])
     assert found["chosen"] == {"beta": best["beta"]} and found["open"] in ([], ["beta"])
     assert found["access"]["choosing flags"] == ["forget", "retain (rho 0.3)", "val"]
-    *searched, last, _ = at_hand
-    assert len(last) == 327 and {len(last - tried) for tried in searched} == {32}
+    assert {len(images) for images in at_hand} == {295} and len(at_hand) == 3 + 2
+    args = L.parse_args([*flags, "found"])
+    args.amp, (data, split) = False, T.open_data(args, torch.device("cpu"))
+    judges = sorted({*L.reachable(split, 0.3, 0)} - at_hand[0])
+    (path,) = (run.folder / "ckpt").rglob("ltu-found-seed0.pt")
+    originals = path.with_name("original-seed0.pt")
+    models = [common.load_model(name)[0] for name in (path, originals)]
+    got = E.validation_gap(*models, data, split, judges, args)["mean"]
+    assert best["distance"] == pytest.approx(got, abs=1e-5)
     alike = L.main([*flags, "alike", "--like", "ltu-found"])
     assert alike["metrics"] == found["metrics"] and "chosen" not in alike
     twice = L.main([*flags, "twice", "--like", "ltu-found", "--combine", "iterative"])
@@ -751,7 +759,9 @@ def test_flags_of_unknown_data_are_searched_and_with_identities_on_simulated_req
     data, split = T.open_data(args, torch.device("cpu"))
     model = T.train("original", data, split, args)[0]
     with record_reads() as read:
-        _, record = L.search(model, data, split, split["retain"], args)
+        everyone = split["retain"]
+        attacks = L.mi_models(model, data, split, everyone, args)[0]
+        _, record = L.search(model, data, split, everyone, everyone, attacks, args)
     read = set(np.concatenate(read).tolist())
     assert len(record["search"]) == 2 and not read & set(split["test"] + split["support"])
 
