@@ -993,7 +993,7 @@ def main(argv=None):
             fail(f"--rho {args.rho} leaves nothing of D_r's {whole} images; give a larger one")
         model, gold, seconds = train_both(data, split, args)
         both = {"original": model, "retrained": gold}
-        both = {row: evaluate.measure(m, data, split, args.amp, seen) for row, m in both.items()}
+        both = evaluate.measure_all(both, data, split, args, seen)
     for method in missing:
         results[method] = run_and_report(
             method, model, both, data, split, sets, seconds, args, flags[method]

@@ -15,6 +15,7 @@ The methods import this file; it imports none of them. A table's rows are runs, 
 import argparse
 import contextlib
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -71,6 +72,30 @@ def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
         if (data["targets"] != data["true_targets"]).any():
             row["wrong"] = wrong_by_label(wrong, data, split, seen)
     return row
+
+
+def measure_all(models: dict, data, split, args, seen=()) -> dict:
+    """{row: measure of its model}; rows of the original and the gold model are kept in a file.
+
+    These two are the same in many runs. The file, beside their checkpoints, is good for the same
+    weights, images and code alone, of which it holds a hash.
+    """
+    rows = {}
+    for row, model in models.items():
+        path = checkpoint_folder(args) / f"{row}-seed{args.seed}.measured.json"
+        about = repr((split["hash"], data["device"].type, args.amp, list(seen)))
+        parts = [t.cpu().numpy().tobytes() for t in model.state_dict().values()]
+        parts += [about.encode(), *(file.read_bytes() for file in sorted(HERE.glob("*.py")))]
+        about = hashlib.sha256(b"".join(parts)).hexdigest()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            kept = json.loads(path.read_text())
+            if kept["about"] == about:
+                rows[row] = kept["measured"]
+                continue
+        rows[row] = measure(model, data, split, args.amp, seen)
+        if row in ("original", "retrained") and common.rank_and_world()[0] == 0:
+            common.write_json(path, {"about": about, "measured": rows[row]})
+    return rows
 
 
 def shown_people(split) -> list[int]:
@@ -693,6 +718,7 @@ def read_results(paths) -> tuple[dict, list[dict]]:
     """
     header, runs = None, []
     for path in map(pathlib.Path, paths):
+        path = path if path.exists() else HERE / path
         if path.suffix == ".jsonl" and path.is_file():
             try:
                 own, *lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -1071,8 +1097,18 @@ def unlearned_models(args, split, model) -> dict:
 
 
 def attack(args, device):
-    """Attack original, gold, second gold and every unlearned model of a split: the run `attack`."""
-    flags = flags_of(args)
+    """Attack original, gold, second gold and every unlearned model of a split: the run `attack`.
+
+    An earlier result is made again, with the models that came since. Raises SystemExit(2) where it
+    has rows of models that are gone.
+    """
+    flags, path = flags_of(args), result_path("attack", args)
+    if path.is_file():
+        with common.reading(path):
+            earlier = set(json.loads(path.read_text())["attacks"])
+        gone = earlier - {"original", "gold", "retrain", *unlearned_files(args)}
+        if gone:
+            fail(f"{path} has rows whose models are gone ({', '.join(sorted(gone))}); move it away")
     data, split = open_data(args, device)
     model, gold, _ = train_both(data, split, args)
     golds = [gold]
@@ -1094,7 +1130,6 @@ def attack(args, device):
         if name != "retrain":  # it is among the references, and stands in the table already
             found[name] = membership(sure_of(m), known)
     result = run_header("attack", data, split, args, flags) | {"attacks": found}
-    path = result_path("attack", args)
     common.write_json(path, result | common.provenance(device))
     title = f"{data['name']}, {setting(args)}"
     print_attacks({"title": title}, [result], args.markdown, args.brief)
@@ -1296,6 +1331,10 @@ def parse_args(argv=None):
     args = common.parse_with_presets(parser, PRESETS, argv)
     if args.figure and args.forget != "identities":
         fail(f"--figure {args.figure} is about identities; this is --forget {args.forget}")
+    of_tables = {"--table", "--pack", "--results", "--markdown", "--brief"}
+    typed = sorted(word for word in args.given - of_tables if word.startswith("--"))
+    if (args.table or args.pack) and typed:
+        fail(f"{typed[0]} does nothing here: what is read are the runs of --results")
     if args.pack and not args.results:
         fail("--pack needs --results, the runs to append")
     ours = "digits-10" if (args.table or "").startswith("ltu") else "toyfaces"

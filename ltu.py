@@ -656,7 +656,7 @@ def main(argv=None):
 
     begin = clock(device)
     models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
-    rows = {row: evaluate.measure(m, data, split, args.amp, seen) for row, m in models.items()}
+    rows = evaluate.measure_all(models, data, split, args, seen)
     seconds["evaluate"] = clock(device) - begin
     access = {"unlearning": [*reads, "val"] if args.forfeed else reads}
     if args.search:

@@ -683,7 +683,7 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     say(f"simulated ToW of METAUNLEARN: {100 * simulated:.1f}")
     models = {"original": model, "retrained": gold, "ascent": ascended}
     models["unlearned"] = with_parameters(model, theta_u)
-    rows = {row: evaluate.measure(m, data, split, args.amp) for row, m in models.items()}
+    rows = evaluate.measure_all(models, data, split, args)
     seconds["evaluate"] = common.clock(data["device"]) - done
     reads = ["retain", "forget", "val"]
     access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
@@ -756,6 +756,8 @@ def parse_args(argv=None):
         fail(f"--requests-per-step {args.requests_per_step} is no multiple of {world} processes")
     if args.support and not args.meta_loss:
         fail("--support needs --meta-loss FILE, the meta-loss to unlearn with")
+    if args.aux_loss == "scrub" and "--retain-weight" in args.given:
+        fail("--retain-weight is not in --aux-loss scrub, which has KL on retained images itself")
     if args.search and args.meta_loss:
         fail("--search learns a new meta-loss, --meta-loss uses an old one; drop one of them")
     moved = ("eta", "alpha", "meta_epochs")
@@ -782,6 +784,7 @@ def main(argv=None):
         saved = load_checkpoint(args.meta_loss, "meta-loss")
         with common.reading(args.meta_loss):
             made_with = {flag: saved[flag] for flag in META_FLAGS} | {"eta": float(saved["eta"])}
+            made_with["hidden"] = int(saved["hidden"])
         for flag, value in made_with.items():
             if common.flag_name(flag) in typed and value != getattr(args, flag):
                 fail(f"{args.meta_loss} was made with {common.flag_name(flag)} {value}")

@@ -3,6 +3,7 @@
 python -m pytest tests/test_evaluate.py
 """
 
+import copy
 import csv
 import json
 import pathlib
@@ -675,6 +676,34 @@ def test_models_are_those_that_were_measured(run):
     assert len(drawn) > 15 and not any(torch.equal(gold[k], second[k]) for k in drawn)
 
 
+def test_the_two_models_are_measured_once_and_again_after_a_change(run, tmp_path, monkeypatch):
+    """Other weights, images or code, or a damaged file, and they are measured again."""
+    args, data, split, model = opened(run[1], "--checkpoint-dir", str(tmp_path))
+    wanted, measured = E.measure(model, data, split), []
+    monkeypatch.setattr(E, "measure", lambda m, *more: measured.append(m) or wanted)
+
+    def rows(*seen, first=model):
+        models = {"original": first, "retrained": model, "unlearned": model}
+        assert E.measure_all(models, data, split, args, seen) == dict.fromkeys(models, wanted)
+        return len(measured)
+
+    assert rows() == 3 and rows() == 3 + 1  # the unlearned model alone
+    assert rows(7) == 4 + 3
+    moved = copy.deepcopy(model)
+    next(moved.parameters()).data.view(-1)[0] += 1
+    assert rows(7, first=moved) == 7 + 2
+    with monkeypatch.context() as patch:
+        code = tmp_path / "code"
+        code.mkdir()
+        (code / "evaluate.py").write_text("changed")
+        patch.setattr(E, "HERE", code)
+        assert rows(7, first=moved) == 9 + 3
+    (path,) = tmp_path.rglob("retrained-seed0.measured.json")
+    rows(7, first=moved)
+    path.write_text(path.read_text()[:-9])
+    assert rows(7, first=moved) == 15 + 2
+
+
 def test_attack_on_every_checkpoint(run, capsys):
     folder, flags = run
     E.main(["--attack", *flags])
@@ -686,7 +715,14 @@ def test_attack_on_every_checkpoint(run, capsys):
     E.main(["--attack", *flags, "--markdown"])
     assert "\n| --- |" in capsys.readouterr().out
     args, data, split, model = opened(flags)
-    found = json.loads(E.result_path("attack", args).read_text())["attacks"]
+    path = E.result_path("attack", args)
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"attacks": whole["attacks"] | {"gone": {}}}))
+    refused(capsys, "whose models are gone (gone)", E.main, ["--attack", *flags])
+    path.write_text("{")
+    refused(capsys, "is damaged", E.main, ["--attack", *flags])
+    path.write_text(json.dumps(whole))
+    found = whole["attacks"]
     assert set(found) == {"original", "gold", "retrain", *ROWS}
     assert all(0 <= value <= 100 for row in found.values() for value in row.values())
     assert found["original"]["loss AUC"] > found["gold"]["loss AUC"]
@@ -789,6 +825,7 @@ MISTAKES = {
     "--table mu1 --results bad.jsonl": "bad.jsonl is no packed file",
     "--table mu3 --results x": "no run of --table mu3", "--table ltu1 --results x": "--table ltu1",
     "--table attack --results x": "no attack is there",
+    "--table ltu1 --dataset cifar10": "--dataset does nothing here",
     "--pack mine.jsonl": "--pack needs --results",
     "--pack bad.jsonl --results x": "bad.jsonl is no packed file",
     "--pack x/ga-seed0.json/p.jsonl --results x": "cannot write",

@@ -753,6 +753,7 @@ def test_support_refuses_what_it_would_ignore_or_destroy(copied, trained, tmp_pa
         ("--support x", "--support needs --meta-loss"),
         ("--meta-loss nowhere.pt", "no meta-loss at nowhere.pt"),
         ("--preset best", "invalid choice"),
+        ("--aux-loss scrub --retain-weight 1", "--retain-weight is not in --aux-loss scrub"),
         ("--alpha 1e9 --eta 1e9", "meta-loss is not finite in epoch 1; lower --alpha"),
     ],
 )
@@ -775,6 +776,7 @@ def test_bad_settings_get_one_line(tmp_path, capsys, monkeypatch):
 
 
 WRONG = {"phi": None, "model": {}, "seconds": "long", "inputs": "pixels", "eta": "small"}
+WRONG |= {"hidden": "wide"}
 
 
 @pytest.mark.parametrize("key", [*WRONG, "NaN", "split", "original", "gold"])
@@ -792,6 +794,8 @@ def test_a_damaged_checkpoint_gets_one_line(copied, trained, tmp_path, key, caps
     if key == "split":
         monkeypatch.setattr(M, "train_both", None)
     runs = [fresh] if key in ("original", "gold") else [fresh, [*fresh, "--meta-loss", str(path)]]
+    if key == "hidden":
+        runs.append([*runs[1], "--hidden", "16"])
     for broken in bad:
         torch.save(broken, path)
         for run in runs:
