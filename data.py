@@ -662,7 +662,7 @@ def identity_split(data: dict, ids: int, split_seed: int, held_out=False) -> dic
     """
     identities, name = data["identities"], data["name"]
     if identities is None:
-        fail(f"{name} has no identities; forget images: --forget random or --forget class")
+        fail(f"{name} has no identities; forget images: ltu.py, or --forget random or class")
     unique, count = np.unique(identities, return_counts=True)
     order = np.random.default_rng([split_seed, 0]).permutation(len(unique))
     share = np.cumsum(count[order]) / len(identities)
