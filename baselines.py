@@ -25,6 +25,7 @@ import argparse
 import copy
 import math
 import pathlib
+from functools import partial
 
 import numpy as np
 import torch
@@ -420,22 +421,14 @@ def spectra(model, data, indices) -> dict:
 
     {layer: (values, vectors)}, the largest first; layers are convolutions and linear ones.
     """
-    gram, hooks = {}, []
+    gram = {}
 
-    def collect(name, module):
-        def hook(_, inputs):
-            x = inputs[0]
-            if isinstance(module, nn.Conv2d):
-                shape = (module.kernel_size, module.dilation, module.padding, module.stride)
-                x = F.unfold(x, *shape).transpose(1, 2)  # (B, places, patch)
-            x = x.reshape(-1, x.shape[-1])
-            gram[name] = gram.get(name, 0) + wide(x.T @ x)
+    def collect(name, module, x):
+        x = patches(module, x[0]).flatten(0, 1)
+        gram[name] = gram.get(name, 0) + wide(x.mT @ x)
 
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            hooks.append(module.register_forward_pre_hook(collect(name, module)))
+    layers = matrix_layers(model)
+    hooks = [m.register_forward_pre_hook(partial(collect, name)) for name, m in layers.items()]
     try:
         predict(model, data, indices)
     finally:
@@ -497,7 +490,7 @@ def influence(student, data, have, args, rng):
     """
     kept = kept_data(have, args)
     key = (args.seed, args.split_seed, 11)
-    F_kept = stored(have, "curvature", lambda: curvature(student, data, kept, *key))
+    F_kept = stored(have, "curvature", lambda: curvature(student, data, kept, args, *key))
     theta = dict(student.named_parameters())
     g = {k: torch.zeros_like(p) for k, p in theta.items()}
     for batch in have["forget"].split(args.unlearn_batch_size):
@@ -576,47 +569,149 @@ def labels_of_the_model(logits: Tensor, multilabel: bool, rng: torch.Generator):
         yield y, torch.full((B,), 1 / DRAWS)
 
 
-def curvature(model, data, indices: Tensor, *key: int) -> dict:
-    """The Fisher information F of theta in a Kronecker eigenbasis: {name: (U_out, U_in, second)}.
+LARGEST = 6000  # a factor with a longer side keeps its own basis: an eigenbasis costs side ** 3
+BASIS_IMAGES = 1024  # images that the eigenbases are taken from; second moments are of all
+FLOWS = 2**27  # numbers of inputs and output gradients that are held at a time
 
-    Shapes: (o, o), (i, i), (o, i). A parameter is taken as the matrix (o, i) with which its layer
-    multiplies, a vector as (o, 1). With G an image's gradient, U_out and U_in are the eigenvectors
-    of E[G G^T] and E[G^T G], and `second` is E[(U_out^T G U_in)^2], elementwise: F of one tensor is
-    taken to be diagonal in that basis, and to hold nothing between tensors. Exact where o or i is
-    1. Reads the images twice; `key` seeds the labels. Source: George et al. 2018 (EK-FAC), with the
-    factors of Gupta et al. 2018 (Shampoo).
+
+def curvature(model, data, indices: Tensor, args, *key: int) -> dict:
+    """The Fisher information F in a Kronecker eigenbasis: {layer: (U_out, U_in, second)}.
+
+    Shapes: (o, o), (i, i), (o, i), a bias being one more column; None for a basis longer than
+    LARGEST. With G an image's gradient of a linear or convolution layer, U_out and U_in are the
+    eigenvectors of E[G G^T] and E[G^T G], and `second` is E[(U_out^T G U_in)^2], elementwise: F is
+    taken to be diagonal in that basis, and to hold nothing between layers. Exact where o or i is 1.
+    Norms, cls_token and pos_embed are not in it (see natural). Labels are the model's own, seeded
+    by `key`; args.amp: bf16. Raises ValueError for a model without such layers. Source: George et
+    al. 2018 (EK-FAC), with the factors of Gupta et al. 2018 (Shampoo), which suit a model that fits
+    its data better: images with a gradient count.
     """
-    shape = {k: _matrix_shape(p) for k, p in model.named_parameters()}
-    outer, inner, second = ({k: 0.0 for k in shape} for _ in range(3))
-    for gradients in label_gradients(model, data, indices, generator(*key)):
-        for k, g in gradients.items():
-            G = g.reshape(len(g), *shape[k])
-            outer[k] = outer[k] + wide(torch.einsum("boi,bpi->op", G, G))
-            inner[k] = inner[k] + wide(torch.einsum("boi,boj->ij", G, G))
-    basis = {}
-    for k, p in model.named_parameters():
-        basis[k] = tuple(torch.linalg.eigh(t)[1].to(p) for t in (outer[k], inner[k]))
-    for gradients in label_gradients(model, data, indices, generator(*key)):
-        for k, g in gradients.items():
-            U_out, U_in = basis[k]
-            turned = U_out.T @ g.reshape(len(g), *shape[k]) @ U_in
-            second[k] = second[k] + wide(turned.pow(2).sum(0)) / len(indices)
-    return {k: (*basis[k], second[k].to(p)) for k, p in model.named_parameters()}
+    for a, labels in flows(model, data, indices[:1], 1, generator(*key), args):
+        held = sum(x.numel() for flow in (a, next(labels)) for x in flow.values())
+    size = min(max(1, FLOWS // held), 64)
+    order = torch.randperm(len(indices), generator=generator(*key, 1))
+    some, sums = indices[order[:BASIS_IMAGES]].sort().values, ({}, {})
+    for a, labels in flows(model, data, some, size, generator(*key), args):
+        for g in labels:
+            for k in a:
+                for total, own in zip(sums, factors(g[k], a[k]), strict=True):
+                    if len(own) <= LARGEST:
+                        total[k] = total.get(k, 0) + wide(own)
+    like = next(model.parameters())
+    U_out, U_in = ({k: torch.linalg.eigh(t)[1].to(like) for k, t in of.items()} for of in sums)
+    second = dict.fromkeys(a, 0.0)
+    for a, labels in flows(model, data, indices, size, generator(*key), args):
+        for g in labels:
+            for k in a:
+                own = squares(g[k], a[k], U_out.get(k), U_in.get(k))
+                second[k] = second[k] + own / len(indices)
+    return {k: (U_out.get(k), U_in.get(k), t) for k, t in second.items()}
 
 
-def _matrix_shape(p: Tensor) -> tuple[int, int]:
-    leads_with_1 = p.ndim > 1 and p.shape[0] == 1  # cls_token and pos_embed
-    rows = p.shape[1] if leads_with_1 else p.shape[0]
-    return rows, p.numel() // rows
+def flows(model, data, indices: Tensor, size: int, rng: torch.Generator, args):
+    """Yield, batch by batch, what goes into each matrix layer and what comes back to it.
+
+    ({layer: inputs a (B, T, i)}, an iterator over the labels that gives {layer: gradients g
+    (B, T, o) of log p(y|x) for the layer's output}), g times the root of the label's weight (see
+    labels_of_the_model). A layer with a bias has a last input of 1. Eval mode. Raises ValueError
+    for a model without such layers, or with one that is called twice.
+    """
+    layers, flow, multilabel = matrix_layers(model), {}, data["targets"].ndim == 2
+
+    def watch(name, module, x, z):
+        if name in flow:
+            raise ValueError(f"the model calls its layer {name} twice; its curvature is unknown")
+        a = patches(module, x[0].detach())
+        flow[name] = F.pad(a, (0, 1), value=1.0) if module.bias is not None else a, z
+        return z.clone()  # what comes after may change it in place
+
+    def gradients(logits):
+        drawn = labels_of_the_model(logits.detach().cpu().double(), multilabel, rng)
+        for y, weight in drawn:
+            log_p = -task_losses(logits, y.to(logits.device)) * weight.sqrt().to(logits)
+            total = log_p.sum() * (logits.shape[1] if multilabel else 1)  # a sum over attributes
+            found = torch.autograd.grad(total, [z for _, z in flow.values()], retain_graph=True)
+            found = [g.flatten(2).mT if g.ndim == 4 else g for g in found]
+            yield {k: g.reshape(len(g), -1, g.shape[-1]) for k, g in zip(flow, found, strict=True)}
+
+    handles = [m.register_forward_hook(partial(watch, name)) for name, m in layers.items()]
+    try:
+        for batch in indices.split(size):
+            flow.clear()
+            logits = logits_of(model, raw_batch(data, batch).requires_grad_(), args)
+            if not flow:
+                raise ValueError("the model has no linear or convolution layer: no curvature")
+            yield {name: a for name, (a, _) in flow.items()}, gradients(logits)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def matrix_layers(model) -> dict:
+    """{name: layer} of the linear layers and of the convolutions without groups."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            found[name] = module
+    return found
+
+
+def patches(module, x: Tensor) -> Tensor:
+    """What a matrix layer multiplies with its weight: (B, T, patch), T tokens or places."""
+    if isinstance(module, nn.Conv2d):
+        shape = (module.kernel_size, module.dilation, module.padding, module.stride)
+        return F.unfold(x, *shape).mT
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def factors(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over images of G G^T (o, o) and of G^T G (i, i), G = sum over places of g a^T."""
+    (_, T, o), i = g.shape, a.shape[-1]
+    if T * (o + i) < o * i:  # fewer operations without G itself
+        over_g, over_a = (a @ a.mT) @ g, (g @ g.mT) @ a
+    else:
+        G = g.mT @ a
+        g, a = over_g, over_a = G.mT, G
+    pairs = ((g, over_g), (a, over_a))
+    return tuple(x.flatten(0, 1).mT @ y.flatten(0, 1) for x, y in pairs)
+
+
+def squares(g: Tensor, a: Tensor, U_out, U_in) -> Tensor:
+    """Sum over images of (U_out^T G U_in)^2, G = sum over places of g a^T: (o, i)."""
+    (_, T, o), i = g.shape, a.shape[-1]
+    before = T * (o * o + i * i) <= o * i * (o + i)  # fewer operations than to turn G itself
+    if before:
+        g, a = turned(g, U_out), turned(a, U_in)
+    total = 0.0
+    for own in zip(*(x.split(max(1, 2**22 // (o * i))) for x in (g, a)), strict=True):
+        G = own[0].mT @ own[1]  # (b, o, i); of so few images that it stays in the cache
+        if not before:
+            G = turned(turned(G, U_in).mT, U_out).mT
+        dtype = torch.promote_types(G.dtype, torch.float32)
+        total = total + torch.linalg.vector_norm(G, dim=0, dtype=dtype).square()
+    return total
+
+
+def turned(x: Tensor, U, back=False) -> Tensor:
+    """x U, or back x U^T; x where U is None."""
+    return x if U is None else x @ (U.mT if back else U).to(x)
 
 
 def natural(fisher: dict, gradient: dict, damping: float) -> dict:
-    """(F + damping)^-1 gradient, {name: tensor}, with F as curvature gives it."""
-    out = {}
-    for k, g in gradient.items():
-        U_out, U_in, second = fisher[k]
-        turned = (U_out.T @ g.reshape(second.shape) @ U_in) / (second + damping)
-        out[k] = (U_out @ turned @ U_in.T).view_as(g)
+    """(F + damping)^-1 gradient, {name: tensor}, F as curvature gives it: a symmetric linear map.
+
+    It is 0 where F holds nothing, as if F were infinite there.
+    """
+    out = {k: torch.zeros_like(g) for k, g in gradient.items()}
+    for layer, (U_out, U_in, second) in fisher.items():
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        parts = [gradient[weight].flatten(1), *([gradient[bias][:, None]] if bias in out else [])]
+        G = torch.cat(parts, 1)  # (o, i)
+        G = turned(turned(G, U_in).mT, U_out).mT / (second + damping)
+        G = turned(turned(G, U_in, back=True).mT, U_out, back=True).mT
+        out[weight] = G[:, : parts[0].shape[1]].reshape_as(out[weight])
+        if bias in out:
+            out[bias] = G[:, -1]
     return out
 
 
@@ -869,7 +964,8 @@ def ascent_step(model, data, split, args) -> tuple:
     Returns the model after it, the step size, and the simulated problems by which it was chosen.
     """
     own = {flag: None for record in METHODS.values() for flag in record["flags"]}
-    own |= {"rho": 1.0, "all_pictures": False, "unlearn_batch_size": max(64, args.ids)}  # one step
+    own |= {"rho": 1.0, "all_pictures": False, "search": False}
+    own |= {"unlearn_batch_size": max(64, args.ids)}  # one step
     own = argparse.Namespace(**vars(args) | own)
     sets, problems = sets_of(split, own), evaluate.simulated_problems(model, data, split, args)
     best, _ = search("ga", model, data, split, sets, own, problems)

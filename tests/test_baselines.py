@@ -410,11 +410,11 @@ def check_influence(module):
         kept = p.sets["statistics" if forget == "identities" else "retain"]
         student = apply(module, "influence", p, damping=0.02, radius=0.3)
         (r, x), g = residuals(p, kept, 0, 0, 11), gradient(p, d_f)
-        want = torch.cat([dense_step(r * x, g[:12], 0.02), dense_step(r, g[12:], 0.02)])  # W, b
+        want = dense_step(r * with_one(x), g, 0.02)
         moved = flat(student) - flat(p.model)
         want *= 0.3 * flat(p.model).norm() / want.norm()
         assert torch.allclose(moved.double(), want, atol=1e-6)
-        assert F.cosine_similarity(want[:12], g[:12], dim=0) < 0.999  # curvature matters here
+        assert F.cosine_similarity(want, g, dim=0) < 0.999  # curvature matters here
         assert loss(p, student, d_f) > loss(p, p.model, d_f)
 
 
@@ -424,38 +424,94 @@ def check_natural(module):
         p, every = problem(multilabel=True, K=K, n=200), torch.arange(200)
         if K == 3:
             p.data["images"][:] = p.data["images"][0]
-        curved, (r, x) = module.curvature(p.model, p.data, every, 5), residuals(p, every, 5)
+        curved, (r, x) = module.curvature(p.model, p.data, every, p.args, 5), residuals(p, every, 5)
         torch.manual_seed(1)
         u, v = ({k: torch.randn_like(t) for k, t in p.model.named_parameters()} for _ in range(2))
-        per_image = {"head.weight": r[:, :, None] * x[:, None], "head.bias": r}
         for damping in (1e-2, 1.0):
             step = module.natural(curved, v, damping)
-            for k, gradients in per_image.items():
-                want = dense_step(gradients, v[k], damping)
-                assert torch.allclose(step[k].double(), want, rtol=1e-3, atol=1e-4)
+            found, given = (
+                torch.cat(
+                    [
+                        t[f"head.{k}"].flatten(1) if k == "weight" else t["head.bias"][:, None]
+                        for k in ("weight", "bias")
+                    ],
+                    1,
+                )
+                for t in (step, v)
+            )
+            want = dense_step(r[:, :, None] * with_one(x)[:, None], given, damping)
+            assert torch.allclose(found.double(), want, rtol=1e-3, atol=1e-4)
         of_u, of_v = (module.natural(curved, t, 0.1) for t in (u, v))  # the operator is symmetric
         left, right = (sum((a[k] * b[k]).sum() for k in a) for a, b in ((u, of_v), (v, of_u)))
         assert left.item() == pytest.approx(right.item(), rel=1e-4, abs=1e-5)
 
 
-def check_tokens(module):
-    """cls_token and pos_embed are taken as (tokens, D); log p of K attributes is their sum."""
-    p = problem(multilabel=True, n=12, K=2, side=16)
-    p.model = common.build_model("toy_vit", 2, 16, seed=0).eval()
-    found = module.curvature(p.model, p.data, torch.arange(12), 0)
-    shapes = {k: tuple(second.shape) for k, (_, _, second) in found.items()}
-    assert shapes["net.cls_token"] == (1, 64) and shapes["net.pos_embed"] == (5, 64)
-    assert shapes["net.patch_embed.proj.weight"] == (64, 192)
-    x, trace = pixels(p, torch.arange(12)), dict.fromkeys(found, 0.0)
-    y = p.model(x)[1].detach().double().sigmoid()
-    y = torch.bernoulli(y, generator=common.generator(0)).float()
-    for image, label in zip(x, y, strict=True):
-        z = p.model(image[None])[1][0]
-        log_p = -F.binary_cross_entropy_with_logits(z, label, reduction="sum")
-        for k, d in zip(trace, torch.autograd.grad(log_p, list(p.model.parameters())), strict=True):
-            trace[k] += d.pow(2).sum().item() / 12
-    for k, (_, _, second) in found.items():  # the trace does not depend on the basis
-        assert second.sum().item() == pytest.approx(trace[k], rel=1e-3, abs=1e-7)
+def with_one(x):
+    return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+
+class Convolutions(nn.Module):
+    """Stride, padding, an activation that works in place, a layer without bias, few classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(5, 4, 2, bias=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images):
+        x = F.relu(self.second(F.relu(self.first(images), inplace=True)), inplace=True).mean((2, 3))
+        return x, self.head(x)
+
+
+def check_curvature(module):
+    """Against each image's own gradients, for tokens, convolutions, attributes and classes.
+
+    With bases, and without any (LARGEST 0), where `second` is the diagonal of F itself; whatever
+    the size of a batch.
+    """
+    torch.manual_seed(0)
+    for net in (common.build_model("toy_vit", 2, 16, seed=0).eval(), Convolutions()):
+        attributes = isinstance(net, common.Net)
+        p = problem(multilabel=attributes, n=12, K=2 if attributes else 3, side=16)
+        every, p.model = torch.arange(12), net
+        kept = [module.curvature(net, p.data, every, p.args, 0)]
+        for constants in (dict(LARGEST=0), dict(FLOWS=1)):
+            with patch.multiple(module, **constants):
+                kept.append(module.curvature(net, p.data, every, p.args, 0))
+        x, theta = pixels(p, every), dict(net.named_parameters())
+        probability = net(x)[1].detach().double()
+        probability = probability.sigmoid() if attributes else probability.softmax(1)
+        drawn = torch.bernoulli(probability, generator=common.generator(0)).float()
+        found = [{k: 0.0 for k in of} for of in kept]
+        gram = {k: [0.0, 0.0] for k in kept[0]}
+        for i in range(12):
+            z = net(x[i : i + 1])[1][0]
+            terms = -F.binary_cross_entropy_with_logits(z, drawn[i], reduction="none")
+            terms = terms.sum()[None] if attributes else z.log_softmax(0)
+            for c, log_p in enumerate(terms):
+                weight = 1.0 if attributes else probability[i, c]
+                d = torch.autograd.grad(log_p, list(theta.values()), retain_graph=True)
+                d = dict(zip(theta, d, strict=True))
+                for of, total in zip(kept, found, strict=True):
+                    for k, (U_out, U_in, _) in of.items():
+                        G = d[f"{k}.weight"].flatten(1)
+                        G = torch.cat([G, d[f"{k}.bias"][:, None]], 1) if f"{k}.bias" in d else G
+                        if of is kept[0]:
+                            gram[k][0] += weight * G @ G.T
+                            gram[k][1] += weight * G.T @ G
+                        G = G if U_in is None else U_out.T @ G @ U_in
+                        total[k] = total[k] + weight * G.pow(2) / 12
+        for of, total in zip(kept, found, strict=True):
+            for k, (U_out, _, second) in of.items():
+                assert torch.allclose(second.double(), total[k].double(), rtol=1e-3, atol=1e-9), k
+                assert (U_out is None) == (of is kept[1])
+        layers = {k.removesuffix(".weight") for k in theta if "norm" not in k and "weight" in k}
+        assert set(kept[0]) == layers
+        for k, sums in gram.items():  # and the bases are those of E[G G^T] and E[G^T G]
+            for U, M in zip(kept[0][k], sums, strict=False):
+                M = U.T @ M.to(U) @ U
+                assert (M - M.diag().diag()).abs().max() < 1e-4 * M.max(), k
 
 
 CHECKS = {k.removeprefix("check_"): f for k, f in list(globals().items()) if k[:6] == "check_"}
@@ -499,7 +555,7 @@ MUTANTS = {
     "pgu": [("w -= lr", "w += lr"), ("np.cos(np.pi * epoch / len(epochs(args)))", "1"),
             ("(d - (d @ U", "((d @ U")],  # along the kept space
     "pgu kept_data": [('D[~torch.isin(D, have["forget"])]', "D")],
-    "pgu spectra": [("module.stride)", "1)")],
+    "pgu patches": [("module.stride)", "1)")],
     "pgu core_spaces": [(".sqrt()", "")],  # energy for singular values
     "reversed_loss": [("- 0.2 * entropy", "+ 0.2 * entropy"), ("+ 0.2 * (log_p", "- 0.2 * (log_p")],
     "jit": [("args.jit_sigma * ", ""), (".clamp(x.min(), x.max())", ""),
@@ -511,14 +567,15 @@ MUTANTS = {
                   ("theta_long / long", "1 / long")],
     "influence kept_data": [('D[~torch.isin(D, have["forget"])]', "D")],
     "natural": [("(second + damping)", "(second + damping).sqrt()")],
-    "natural curvature": [("(outer[k], inner", "(inner[k], inner"), (" / len(indices)", ""),
-                          ("torch.linalg.eigh(t)[1]", "torch.eye(len(t))")],
-    "natural label_gradients": [
-        ("label.numel() if label.ndim else 1", "1"), ("(size)", "(size)[:-1]")],
-    "natural labels_of_the_model": [
+    "natural curvature": [("torch.linalg.eigh(t)[1]", "torch.eye(len(t))")],
+    "curvature": [(" / len(indices)", "")],
+    "curvature factors": [("(a @ a.mT) @ g", "g"), ("= G.mT, G\n", "= G.mT, a\n")],
+    "curvature flows": [
+        ("value=1.0", "value=0.0"), ("z.clone()", "z"), (" * weight.sqrt().to(logits)", ""),
+        (" if multilabel else 1)  #", " if False else 1)  #")],
+    "curvature squares": [("if not before", "if before"), ("=dtype).square()", "=dtype)")],
+    "curvature labels_of_the_model": [
         ("torch.bernoulli(logits.sigmoid(), generator=rng)", "(logits > 0)")],
-    "natural _matrix_shape": [("return rows, p.numel() // rows", "return p.numel() // rows, rows")],
-    "tokens _matrix_shape": [("leads_with_1 else", "False else")],
 }
 # fmt: on
 MUTANTS = [(where, *edit) for where, edits in MUTANTS.items() for edit in edits]
