@@ -707,7 +707,7 @@ def natural(fisher: dict, gradient: dict, damping: float) -> dict:
         weight, bias = f"{layer}.weight", f"{layer}.bias"
         parts = [gradient[weight].flatten(1), *([gradient[bias][:, None]] if bias in out else [])]
         G = torch.cat(parts, 1)  # (o, i)
-        G = turned(turned(G, U_in).mT, U_out).mT / (second + damping)
+        G = turned(turned(G, U_in).mT, U_out).mT / (second.to(G) + damping)
         G = turned(turned(G, U_in, back=True).mT, U_out, back=True).mT
         out[weight] = G[:, : parts[0].shape[1]].reshape_as(out[weight])
         if bias in out:

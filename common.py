@@ -702,7 +702,8 @@ def load_checkpoint(path, *kinds: str, **expected) -> dict:
                     "use the same flags, or another --checkpoint-dir"
                 )
     for state in content.values():
-        tensors = state.values() if isinstance(state, dict) else []
+        entries = state.values() if isinstance(state, dict) else []
+        tensors = [t for own in entries for t in (own if isinstance(own, tuple) else [own])]
         if not all(torch.isfinite(t).all() for t in tensors if isinstance(t, Tensor)):
             fail(f"{path} holds numbers that are not finite; delete it or name another file")
     return content

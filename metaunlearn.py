@@ -120,6 +120,7 @@ class MetaLoss(nn.Module):
             nn.Linear(hidden, 1),
             nn.Softplus(),
         )
+        self.fisher, self.damping = None, None  # --natural
         self.log_step = None
         if theta:  # ours, after Meta-SGD (Li et al. 2017): log step sizes, as a part of phi
             self.log_step = nn.ParameterList(torch.zeros_like(p) for p in theta.values())
@@ -129,6 +130,18 @@ class MetaLoss(nn.Module):
         if self.log_step is None:
             return [torch.as_tensor(eta, dtype=p.dtype, device=p.device) for p in theta.values()]
         return [eta * s.exp() for s in self.log_step]
+
+    def direction(self, theta: dict, gradient) -> list[Tensor]:
+        """The gradient, a tensor for each of theta; with --natural (I + F / damping)^-1 gradient.
+
+        Ours. A symmetric linear map: directions to which the training data is indifferent keep
+        their length, others become shorter, and what F does not hold (baselines.natural) is 0.
+        """
+        if self.fisher is None:
+            return list(gradient)
+        named = dict(zip(theta, gradient, strict=True))
+        step = baselines.natural(self.fisher, named, self.damping)
+        return [self.damping * d for d in step.values()]
 
     def forward(self, features: Tensor, logits: Tensor, targets: Tensor, who: Tensor) -> Tensor:
         parts = {"features": features}
@@ -237,7 +250,7 @@ def meta_gradient_double(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tupl
         M = h_phi(*f(theta, images), targets, who)  # Alg. 1, line 11
         g = torch.autograd.grad(M, list(theta.values()), create_graph=True, materialize_grads=True)
         # create_graph: g depends on phi, and dA/dphi goes through it.
-    theta_u = inner_step(theta, g, h_phi.step_sizes(theta, eta))
+    theta_u = inner_step(theta, h_phi.direction(theta, g), h_phi.step_sizes(theta, eta))
     loss = A(theta_u)
     return loss.item(), torch.autograd.grad(loss, list(h_phi.parameters()), materialize_grads=True)
 
@@ -248,7 +261,8 @@ def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
     phi acts through one inner step alone. So, with z = f_theta(S) = (features, logits) and
     v = dA/dtheta_u,
         grad_phi A = -grad_phi < grad_z h_phi(z), z' >,   z' = J_theta f(S) eta v
-    where v is an ordinary backward pass and z' one forward-mode pass over S.
+    where v is an ordinary backward pass and z' one forward-mode pass over S. With --natural the
+    step's map, which is symmetric and does not depend on phi, stands before eta v.
     """
     images, targets, who = S
     leaf = {k: p.detach().requires_grad_() for k, p in theta.items()}
@@ -257,12 +271,13 @@ def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
     M = h_phi(*z_leaf, targets, who)  # Alg. 1, line 11
     g_z = torch.autograd.grad(M, z_leaf, create_graph=True, materialize_grads=True)
     g = torch.autograd.grad(z, list(leaf.values()), [t.detach() for t in g_z])
-    etas = h_phi.step_sizes(theta, eta)
+    g, etas = h_phi.direction(theta, g), h_phi.step_sizes(theta, eta)
     theta_u = inner_step(theta, g, [e.detach() for e in etas])
     theta_u = {k: p.detach().requires_grad_() for k, p in theta_u.items()}
     loss = A(theta_u)
     v = torch.autograd.grad(loss, list(theta_u.values()))
-    tangent = {k: e.detach() * d for k, e, d in zip(theta, etas, v, strict=True)}
+    tangent = h_phi.direction(theta, [e.detach() * d for e, d in zip(etas, v, strict=True)])
+    tangent = dict(zip(theta, tangent, strict=True))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 warns of its own torch.jit
         _, z_prime = jvp(lambda t: f(t, images), (theta,), (tangent,))
@@ -385,11 +400,12 @@ def unlearn(h_phi, f, theta: dict, S: tuple, eta: float) -> dict:
     images, targets, who = S
     M = h_phi(*f(theta, images), targets, who)  # Alg. 1, line 20
     g = torch.autograd.grad(M, list(theta.values()), materialize_grads=True)
-    theta_u = inner_step(theta, g, h_phi.step_sizes(theta, eta))  # Alg. 1, line 21
+    g, steps = h_phi.direction(theta, g), h_phi.step_sizes(theta, eta)
+    theta_u = inner_step(theta, g, steps)  # Alg. 1, line 21
     return {k: p.detach() for k, p in theta_u.items()}
 
 
-def new_meta_loss(model, data, split, args) -> MetaLoss:
+def new_meta_loss(model, data, split, args, fisher=None) -> MetaLoss:
     torch.manual_seed(args.seed)
     code, multilabel = args.preset == "code", data["targets"].ndim == 2
     theta = updatable(model, code) if args.alpha_step else None
@@ -398,7 +414,21 @@ def new_meta_loss(model, data, split, args) -> MetaLoss:
     h_phi = MetaLoss(args.inputs.split(","), *shape, **layers)
     if not code:  # ours: the first update is exactly 0
         nn.init.zeros_(h_phi.mlp[-2].weight)
+    h_phi.fisher, h_phi.damping = fisher, args.natural
     return h_phi.to(data["device"])
+
+
+def fisher_of(model, data, split, args) -> dict | None:
+    """F of the training data, from which --natural takes its step (baselines.curvature)."""
+    if not args.natural:
+        return None
+    D, begin = torch.tensor(sorted(split["retain"] + split["forget"])), common.clock(data["device"])
+    try:
+        fisher = baselines.curvature(model, data, D, args, args.seed, args.split_seed, 17)
+    except ValueError as error:
+        fail(f"--natural: {error}")
+    say(f"--natural: curvature of {len(D):,} images, {common.clock(data['device']) - begin:.1f} s")
+    return fisher
 
 
 def request_gradient(h_phi, model, request, data, split, original, args, rng) -> tuple:
@@ -455,15 +485,16 @@ def warn_of_vanishing_weights(model, data, split, args):
         say(f"warning: 1 - mAP of D_f is {error:.3f}: Eq. (6) drops its loss; --no-accuracy-weight")
 
 
-def meta_train(model, data, split, args, path=None) -> tuple[MetaLoss, float]:
+def meta_train(model, data, split, args, fisher=None, path=None) -> tuple[MetaLoss, float]:
     """Alg. 1 lines 8-17; theta never changes. Returns h_phi and the seconds that it took.
 
-    path: where phi is saved, and beside it once a minute, after an epoch, what --resume needs.
-    Raises SystemExit(2) when phi is no longer finite.
+    fisher: as fisher_of gives it. path: where phi is saved, and beside it once a minute, after an
+    epoch, what --resume needs. Raises SystemExit(2) when phi is no longer finite.
     """
     device, rank = data["device"], rank_and_world()[0]
     begin = saved_at = common.clock(device)
-    h_phi, content = new_meta_loss(model, data, split, args), meta_loss_content(data, split, args)
+    h_phi = new_meta_loss(model, data, split, args, fisher)
+    content = meta_loss_content(data, split, args)
     mlp = [p for name, p in h_phi.named_parameters() if not name.startswith("log_step")]
     groups = [{"params": mlp, "peak": args.alpha}]
     if h_phi.log_step is not None:
@@ -501,6 +532,7 @@ def meta_train(model, data, split, args, path=None) -> tuple[MetaLoss, float]:
     seconds = common.clock(device) - begin
     if path and rank == 0:
         state = dict(phi=h_phi.state_dict(), model=model.state_dict(), seconds=seconds)
+        state |= {"fisher": fisher} if fisher else {}
         save_checkpoint(path, kind="meta-loss", **state, **content)
         partial.unlink(missing_ok=True)
     common.wait_for_all()
@@ -518,20 +550,18 @@ def simulated_unlearning(h_phi, model, data, split, args):
     return unlearned
 
 
-def search(model, data, split, args, partial=None) -> tuple[dict, dict]:
+def search(model, data, split, args, fisher=None, partial=None) -> tuple[dict, dict]:
     """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
     problems = evaluate.simulated_problems(model, data, split, args)
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values | {"resume": False})
-        unlearned = simulated_unlearning(
-            meta_train(model, data, split, own)[0], model, data, split, own
-        )
+        h_phi, _ = meta_train(model, data, split, own, fisher)
+        unlearned = simulated_unlearning(h_phi, model, data, split, own)
         return evaluate.judge(unlearned, problems, model, data, split, None, args)
 
-    return evaluate.search(
-        {flag: getattr(args, flag) for flag in args.search}, distance, args, partial
-    )
+    start = {flag: getattr(args, flag) for flag in args.search}
+    return evaluate.search(start, distance, args, partial)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -555,7 +585,8 @@ def learn_loss(model, D, identities, D_v, head=None, **flags) -> MetaLoss:
     who = np.asarray(identities)
     data["identities"] = np.concatenate([who, np.full(len(split["val"]), who.min() - 1)])
     split |= {"forget": [], "support": [], "train_ids": np.unique(who).tolist()}
-    h_phi = meta_train(own, data | {"target_names": range(data["classes"])}, split, args)[0]
+    fisher = fisher_of(own, data, split, args)
+    h_phi, _ = meta_train(own, data | {"target_names": range(data["classes"])}, split, args, fisher)
     h_phi.eta, h_phi.code = args.eta, args.preset == "code"
     return h_phi
 
@@ -580,7 +611,7 @@ def forget(model, h_phi: MetaLoss, S, head=None) -> nn.Module:
 # The flags that make one meta-loss another; saved with it, and checked when it is loaded.
 META_FLAGS = ("preset", "inputs", "hidden", "dropout", "eta", "alpha", "alpha_step", "meta_epochs")
 META_FLAGS += ("meta_ids", "requests_per_step", "aux_loss", "accuracy_weight", "val_images")
-META_FLAGS += ("retain_weight", "retain_images")
+META_FLAGS += ("retain_weight", "retain_images", "natural")
 SUPPORT_FLAGS = ("meta_loss", "support", "save", "overwrite", "device", "amp")
 
 
@@ -606,8 +637,9 @@ def earlier_meta_loss(path, data, split, args) -> dict | None:
 def restore_meta_loss(saved: dict, path, model, data, split, args) -> tuple[MetaLoss, float]:
     """h_phi of a file that was made for these very weights, and the seconds that it took."""
     with common.reading(path):
-        h_phi = new_meta_loss(model, data, split, args)
+        h_phi = new_meta_loss(model, data, split, args, saved["fisher"] if args.natural else None)
         h_phi.load_state_dict(saved["phi"])
+        h_phi.direction(theta := dict(model.named_parameters()), theta.values())  # F fits theta
         if any(not torch.equal(t.cpu(), saved["model"][k]) for k, t in model.state_dict().items()):
             original = checkpoint_folder(args) / f"original-seed{args.seed}.pt"
             fail(f"{path} was learned for other weights than {original}; delete one of them")
@@ -660,14 +692,15 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     # A search may end at other flags than those of a meta-loss that is there.
     saved, more = None if args.search else earlier_meta_loss(path, data, split, args), {}
     model, gold, seconds = train_both(data, split, args)
-    if args.search:
-        chosen, more = search(model, data, split, args, evaluate.tries_path(name, args))
-        vars(args).update(chosen)
     if saved:
-        found = restore_meta_loss(saved, path, model, data, split, args)
+        h_phi, seconds["meta_train"] = restore_meta_loss(saved, path, model, data, split, args)
     else:
-        found = meta_train(model, data, split, args, path)
-    h_phi, seconds["meta_train"] = found
+        fisher = fisher_of(model, data, split, args)
+        if args.search:
+            tries = evaluate.tries_path(name, args)
+            chosen, more = search(model, data, split, args, fisher, tries)
+            vars(args).update(chosen)
+        h_phi, seconds["meta_train"] = meta_train(model, data, split, args, fisher, path)
     f, theta = f_and_theta(model, args)
     S = support_batch(data, split["train_ids"], split["support"])
     more["passes"] = len(split["support"]) / (len(split["retain"]) + len(split["forget"]))
@@ -730,6 +763,9 @@ def parse_args(argv=None):
         help="random retained images in A, where A has them")
     add("--alpha-step", type=common.not_negative, default=0.0,
         help="ours: outer step of a learned step size for each parameter; 0: eta for all")
+    add("--natural", type=common.positive, metavar="DAMPING",
+        help="ours: the step (I + F / DAMPING)^-1 times the gradient, F the Fisher information of "
+        "the training data, which is stored with phi; see LOG.md for values")
     add("--requests-per-step", type=common.count, default=world,
         help="simulated requests averaged in one step; authors' code: 1")
     add("--search", action="store_true",
@@ -760,7 +796,7 @@ def parse_args(argv=None):
         fail("--retain-weight is not in --aux-loss scrub, which has KL on retained images itself")
     if args.search and args.meta_loss:
         fail("--search learns a new meta-loss, --meta-loss uses an old one; drop one of them")
-    moved = ("eta", "alpha", "meta_epochs")
+    moved = ("eta", "alpha", "meta_epochs", *(["natural"] if args.natural else []))
     args.search = [k for k in moved if args.search and common.flag_name(k) not in args.given]
     return args
 

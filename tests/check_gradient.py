@@ -61,7 +61,8 @@ def check_gradient(model, data, split, args) -> dict:
     sets = M.request_sets(split, support, forget[:16], args, np.random.default_rng(args.seed))
     S = M.support_batch(data, split["train_ids"], support)
     original = M.original_outputs(model, data, split, args)
-    h_phi = M.new_meta_loss(model, data, split, args).eval()
+    fisher = M.fisher_of(model, data, split, args)
+    h_phi = M.new_meta_loss(model, data, split, args, fisher).eval()
     # Away from the zero initialisation, where half of the gradient vanishes.
     torch.nn.init.normal_(h_phi.mlp[-2].weight, std=0.1)
 

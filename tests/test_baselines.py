@@ -566,7 +566,7 @@ MUTANTS = {
     "influence": [("p += c", "p -= c"), ("natural(F_kept, g, args.damping)", "g"),
                   ("theta_long / long", "1 / long")],
     "influence kept_data": [('D[~torch.isin(D, have["forget"])]', "D")],
-    "natural": [("(second + damping)", "(second + damping).sqrt()")],
+    "natural": [("(second.to(G) + damping)", "(second.to(G) + damping).sqrt()")],
     "natural curvature": [("torch.linalg.eigh(t)[1]", "torch.eye(len(t))")],
     "curvature": [(" / len(indices)", "")],
     "curvature factors": [("(a @ a.mT) @ g", "g"), ("= G.mT, G\n", "= G.mT, a\n")],

@@ -20,6 +20,7 @@ from conftest import places, record_reads, refused
 from sklearn.metrics import average_precision_score
 from torch.func import functional_call
 
+import baselines
 import common
 import data as D
 import evaluate
@@ -38,6 +39,9 @@ VARIANTS = {
     "selective": ["--preset", "selective"],
     "selective, one eta": ["--preset", "selective", "--alpha-step", "0"],
     "scrub": ["--aux-loss", "scrub"],
+    "natural": ["--natural", "0.01"],
+    "natural, code": ["--natural", "0.001", "--preset", "code"],
+    "natural, selective": ["--natural", "0.01", "--preset", "selective"],
 }
 
 
@@ -58,7 +62,9 @@ def problem(small, *extra, dtype=torch.float64, classes=False, model="toy_vit", 
         data |= {"targets": data["targets"][:, :2].long().sum(1), "classes": 3}
     split = D.identity_split(data, args.ids, 0)
     net = common.build_model(args.model, data["classes"], args.image_size, seed=1).to(dtype).eval()
-    h, theta = M.new_meta_loss(net, data, split, args), M.updatable(net, args.preset == "code")
+    fisher = M.fisher_of(copy.deepcopy(net).float(), data, split, args)
+    h = M.new_meta_loss(net, data, split, args, fisher)
+    theta = M.updatable(net, args.preset == "code")
     for p in (h.mlp[-2].weight, *(h.log_step or [])):
         torch.nn.init.normal_(p, std=0.5, generator=torch.Generator().manual_seed(0))
     h.to(dtype).eval()
@@ -193,7 +199,8 @@ def differs(p, module) -> bool:
 @pytest.fixture(scope="module")
 def problems(small):
     """With learned step sizes, and with pairs of images; their true gradients; parts of a set."""
-    found = [problem(small, *extra) for extra in (["--alpha-step", "0.1"], ["--preset", "code"])]
+    more = (["--alpha-step", "0.1"], ["--preset", "code"], ["--natural", "0.01"])
+    found = [problem(small, *extra) for extra in more]
     for p in found:
         p.exact, p.args.meta_batch_size = gradient(p, "double"), 4
     return found
@@ -204,7 +211,9 @@ MUTANTS = {
     "first order: no graph from g to phi": ("z_leaf, create_graph=True", "z_leaf, retain_graph=1"),
     "sign of the inner step": ("p - e * g for", "p + e * g for"),
     "features forgotten in the product": ("(g_z, z_prime, strict", "(g_z[1:], z_prime[1:], strict"),
-    "eta forgotten": ("k: e.detach() * d for", "k: d for"),
+    "eta forgotten": ("[e.detach() * d for", "[d for"),
+    "tangent as without --natural": ("h_phi.direction(theta, [e.det", "list([e.det"),
+    "step as without --natural": ("g, etas = h_phi.direction(theta, g)", "g, etas = g"),
     "step sizes' own gradient forgotten": ("product = product + sum(", "sum("),
     "sign of the meta-gradient": ("grad(-product", "grad(product"),
     "v of the last set only": ("original, args)\n            if",
@@ -517,6 +526,63 @@ def test_somebodys_own_model_learns_a_loss_and_unlearns(preset, tmp_path, monkey
         M.learn_loss(net, D, who, D_v, gamma=1)
 
 
+def test_natural_steps_go_with_the_meta_loss(trained, copied, tmp_path, capsys, monkeypatch):
+    """The step is that of the dense (I + F / damping)^-1; F is stored, and checked when read."""
+    own = [*copied, "--natural", "0.01", "--name", "natural"]
+    result = M.main(own)
+    (path,) = tmp_path.rglob("metaunlearn-paper-natural-seed0.meta.pt")
+    saved = torch.load(path, weights_only=True)
+    original, _ = common.load_model(path.with_name("original-seed0.pt"))
+    unlearned, _ = common.load_model(path.with_name("metaunlearn-paper-natural-seed0.pt"))
+    args = M.parse_args([*own, "--no-amp"])
+    data, split = T.open_data(args, torch.device("cpu"))
+    h = M.new_meta_loss(original, data, split, args)  # without F: the gradient as it is
+    h.load_state_dict(saved["phi"])
+    f, theta = M.f_and_theta(original, args)
+    S = M.support_batch(data, split["train_ids"], split["support"])
+    plain = M.unlearn(h, f, theta, S, args.eta)
+    moved = {k: p - theta[k] for k, p in unlearned.named_parameters()}
+    assert not moved["net.pos_embed"].any() and not moved["net.norm.weight"].any()
+    for layer in ("net.head", "net.blocks.0.attn.proj"):
+        U_out, U_in, second = (t.double() for t in saved["fisher"][layer])
+        U = torch.kron(U_out, U_in)
+        dense = torch.eye(len(U)) + U @ (second.flatten() / 0.01).diag() @ U.T
+        names = f"{layer}.weight", f"{layer}.bias"
+        g, step = (
+            torch.cat([d[names[0]], d[names[1]][:, None]], 1).double()
+            for d in ({k: plain[k] - theta[k] for k in names}, moved)
+        )
+        want = torch.linalg.solve(dense, g.flatten()).view_as(g)
+        assert torch.allclose(step, want, rtol=1e-3, atol=1e-7) and (want - g).abs().max() > 1e-5
+    again = [*own, "--out", str(tmp_path / "again")]
+    with monkeypatch.context() as patch:
+        patch.setattr(M, "meta_train", None)
+        patch.setattr(M, "fisher_of", None)
+        assert M.main(again)["metrics"] == result["metrics"]
+    S = ["--support", str(tmp_path / "S"), "--device", "cpu", "--no-amp", "--overwrite"]
+    M.main(["--meta-loss", str(path), *S, "--save", str(tmp_path / "later.pt")])
+    later, _ = common.load_model(tmp_path / "later.pt")
+    pairs = zip(later.parameters(), unlearned.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+    no_number, head = torch.full((8, 8), math.nan), saved["fisher"]["net.head"]
+    for fisher, words in (
+        ({}, "KeyError"),
+        ({"net.head": (None, no_number, no_number)}, "not finite"),
+        ({"net.head": (None, None, head[2][:, :9])}, "RuntimeError"),
+        ({"net.other": head}, "KeyError"),
+    ):
+        content = saved | {"fisher": fisher}
+        torch.save(content if fisher else {k: content[k] for k in content if k != "fisher"}, path)
+        line = refused(capsys, words, M.main, [*own, "--out", str(tmp_path / "bad")])
+        assert str(path) in line
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "matrix_layers", lambda model: {})
+        no_layers = [*own, "--overwrite"]
+        refused(
+            capsys, "--natural: the model has no linear or convolution layer", M.main, no_layers
+        )
+
+
 def test_runs_repeat_exactly_from_saved_models_and_meta_loss(trained, tmp_path, monkeypatch):
     """Also with the meta-loss given by name; and neither run trains anything."""
     monkeypatch.setattr(M, "meta_train", None)
@@ -753,6 +819,7 @@ def test_support_refuses_what_it_would_ignore_or_destroy(copied, trained, tmp_pa
         ("--support x", "--support needs --meta-loss"),
         ("--meta-loss nowhere.pt", "no meta-loss at nowhere.pt"),
         ("--preset best", "invalid choice"),
+        ("--natural 0", "natural: 0"),
         ("--aux-loss scrub --retain-weight 1", "--retain-weight is not in --aux-loss scrub"),
         ("--alpha 1e9 --eta 1e9", "meta-loss is not finite in epoch 1; lower --alpha"),
     ],
