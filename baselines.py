@@ -598,7 +598,7 @@ def curvature(model, data, indices: Tensor, args, *key: int) -> dict:
                     if len(own) <= LARGEST:
                         total[k] = total.get(k, 0) + wide(own)
     like = next(model.parameters())
-    U_out, U_in = ({k: torch.linalg.eigh(t)[1].to(like) for k, t in of.items()} for of in sums)
+    U_out, U_in = ({k: torch.linalg.eigh(t.to(like))[1] for k, t in of.items()} for of in sums)
     second = dict.fromkeys(a, 0.0)
     for a, labels in flows(model, data, indices, size, generator(*key), args):
         for g in labels:
@@ -621,7 +621,7 @@ def flows(model, data, indices: Tensor, size: int, rng: torch.Generator, args):
     def watch(name, module, x, z):
         if name in flow:
             raise ValueError(f"the model calls its layer {name} twice; its curvature is unknown")
-        a = patches(module, x[0].detach())
+        a = patches(module, x[0].detach()).to(z.dtype)  # bf16 under autocast
         flow[name] = F.pad(a, (0, 1), value=1.0) if module.bias is not None else a, z
         return z.clone()  # what comes after may change it in place
 
@@ -682,13 +682,13 @@ def squares(g: Tensor, a: Tensor, U_out, U_in) -> Tensor:
     before = T * (o * o + i * i) <= o * i * (o + i)  # fewer operations than to turn G itself
     if before:
         g, a = turned(g, U_out), turned(a, U_in)
-    total = 0.0
-    for own in zip(*(x.split(max(1, 2**22 // (o * i))) for x in (g, a)), strict=True):
-        G = own[0].mT @ own[1]  # (b, o, i); of so few images that it stays in the cache
+    total = torch.zeros(o, i, device=g.device, dtype=torch.promote_types(g.dtype, torch.float32))
+    for own_g, own_a in zip(g, a, strict=True):  # one G at a time stays in the cache
+        G = own_g.mT @ own_a
         if not before:
             G = turned(turned(G, U_in).mT, U_out).mT
-        dtype = torch.promote_types(G.dtype, torch.float32)
-        total = total + torch.linalg.vector_norm(G, dim=0, dtype=dtype).square()
+        G = G.to(total)
+        total.addcmul_(G, G)
     return total
 
 

@@ -458,6 +458,15 @@ NAMES = {"original": "Trained", "retrained": "Retrained (gold)"}
 NAMES |= {"ascent": "1 ascent step on S", "ft": "FT, same batches"}
 
 
+_SETS = "D_f: forgotten images; D_r: the other training images; "
+_LOST = "lost: score (x 100) lost on D_f, and mean +- deviation over a control, 20 sets of "
+IDENTITY_LEGEND = f"""{_SETS}D_te: test images; ToW: 100 where all three scores are Retrained's.
+{_LOST}identities of D_r."""
+RANDOM_LEGEND = f"""{_SETS}UA: error on D_f; RA, TA: accuracy on D_r and the test set; \
+MI: share of D_f that an attack takes for never seen; gap: distance to Retrained; UT: seconds.
+{_LOST}images of D_r (if it has 50 that the method did not use, of these)."""
+
+
 def show(results: dict) -> dict:
     """Print the table of results {label: result} that share the two models; returns the last."""
     rows, seconds = {}, {}
@@ -472,17 +481,7 @@ def show(results: dict) -> dict:
     random = all("mi" in row for row in rows.values())
     lines = gap_lines(rows, seconds) if random else score_lines(rows, result["metric"])
     say("\n" + render(lines))
-    of, legend = "identities of D_r", "D_f: forgotten images; D_r: the other training images; "
-    if random:
-        of = "images of D_r (if it has 50 that the method did not use, of these)"
-        legend += (
-            "UA: error on D_f; RA, TA: accuracy on D_r and the test set; MI: share of D_f that "
-        )
-        legend += "an attack takes for never seen; gap: distance to Retrained; UT: seconds."
-    else:
-        legend += "D_te: test images; ToW: 100 where all three scores are Retrained's."
-    say(legend)
-    say(f"lost: score (x 100) lost on D_f, and mean +- deviation over a control, 20 sets of {of}.")
+    say(RANDOM_LEGEND if random else IDENTITY_LEGEND)
     if any("wrong" in row for row in rows.values()):
         say("\n" + render(wrong_lines(rows)))
     return result

@@ -33,7 +33,7 @@ def passes(method: str, own) -> float:
 
 
 def main():
-    args = B.parse_args([*sys.argv[1:], "--method", "all"])
+    args = B.parse_args()
     data, split = open_data(args, common.choose_device(args))
     sets = B.sets_of(split, args)
     model = common.build_model(args.model, data["classes"], args.image_size)

@@ -446,6 +446,10 @@ def check_natural(module):
         assert left.item() == pytest.approx(right.item(), rel=1e-4, abs=1e-5)
 
 
+def flat_of(gradient: dict):
+    return torch.cat([g.flatten() for g in gradient.values()])
+
+
 def with_one(x):
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
@@ -476,6 +480,10 @@ def check_curvature(module):
         p = problem(multilabel=attributes, n=12, K=2 if attributes else 3, side=16)
         every, p.model = torch.arange(12), net
         kept = [module.curvature(net, p.data, every, p.args, 0)]
+        bf16 = module.curvature(net, p.data, every, types.SimpleNamespace(amp=True), 0)
+        g = {k: t.detach() for k, t in net.named_parameters()}
+        one, other = (flat_of(module.natural(of, g, 1e-3)) for of in (kept[0], bf16))
+        assert F.cosine_similarity(one, other, dim=0) > 0.999 and not torch.equal(one, other)
         for constants in (dict(LARGEST=0), dict(FLOWS=1)):
             with patch.multiple(module, **constants):
                 kept.append(module.curvature(net, p.data, every, p.args, 0))
@@ -567,13 +575,13 @@ MUTANTS = {
                   ("theta_long / long", "1 / long")],
     "influence kept_data": [('D[~torch.isin(D, have["forget"])]', "D")],
     "natural": [("(second.to(G) + damping)", "(second.to(G) + damping).sqrt()")],
-    "natural curvature": [("torch.linalg.eigh(t)[1]", "torch.eye(len(t))")],
+    "natural curvature": [("torch.linalg.eigh(t.to(like))[1]", "torch.eye(len(t))")],
     "curvature": [(" / len(indices)", "")],
     "curvature factors": [("(a @ a.mT) @ g", "g"), ("= G.mT, G\n", "= G.mT, a\n")],
     "curvature flows": [
         ("value=1.0", "value=0.0"), ("z.clone()", "z"), (" * weight.sqrt().to(logits)", ""),
         (" if multilabel else 1)  #", " if False else 1)  #")],
-    "curvature squares": [("if not before", "if before"), ("=dtype).square()", "=dtype)")],
+    "curvature squares": [("if not before", "if before"), ("addcmul_(G, G)", "add_(G)")],
     "curvature labels_of_the_model": [
         ("torch.bernoulli(logits.sigmoid(), generator=rng)", "(logits > 0)")],
 }
