@@ -1017,9 +1017,8 @@ def print_tables(args, header, runs):
     half = "differences paired by split ± half of their 95 % interval"
     say(f"\nMean ± standard deviation; {half}. {what}.")
     say("D_f less control: score lost on D_f, less that lost by a control out of D_r.")
-    say(
-        "tried: settings in a search. UT: seconds of unlearning, the search not counted; passes: images over |D|."
-    )
+    say("tried: settings in a search. UT: seconds of unlearning, the search left out.")
+    say("passes: images read over |D|.")
 
 
 # --------------------------------------------------------------------------------------------------
