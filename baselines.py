@@ -930,9 +930,8 @@ def search(method: str, model, data, split, sets, args, problems=None, partial=N
 def simulated_sets(problem, sets) -> dict:
     """The sets of a simulated request: D_r without its people, and no Support image in either."""
     support, forget = torch.tensor(problem["support"]), torch.tensor(problem["sets"]["forget"])
-    everyone = torch.cat([sets["retain"], sets["forget"]])
-    kept = everyone[~torch.isin(everyone, torch.cat([support, forget]))]
-    return sets | {"support": support, "forget": forget, "retain": kept}
+    kept = evaluate.left_of([*sets["retain"].tolist(), *sets["forget"].tolist()], problem)
+    return sets | {"support": support, "forget": forget, "retain": torch.tensor(kept)}
 
 
 def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> nn.Module:

@@ -185,6 +185,12 @@ def simulated_problems(model, data, split, args, images=256) -> list[dict]:
     return problems
 
 
+def left_of(images: list, problem: dict) -> list:
+    """The images without the people of a simulated request: its D_r."""
+    gone = {*problem["sets"]["forget"], *problem["support"]}
+    return [i for i in images if i not in gone]
+
+
 def simulated_tow(unlearn, problems, data, amp) -> float:
     """Mean ToW over simulated problems of the models that unlearn(problem) gives back."""
     values = []

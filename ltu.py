@@ -558,8 +558,7 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
             request, others = split, at_hand
             if problem:
                 request = split | {"forget": problem["sets"]["forget"].tolist()}
-                gone = {*request["forget"], *problem["support"].tolist()}
-                others = [i for i in at_hand + split["forget"] if i not in gone]
+                others = evaluate.left_of(at_hand + split["forget"], problem)
             return unlearn(model, data, request, others, attacks, own)[0]
 
         return evaluate.judge(unlearned, problems, model, data, split, judges, args)
