@@ -30,6 +30,10 @@ Where the paper is silent, or its authors' code differs, a preset decides:
     --preset selective  Ours: A is the second term of Eq. (8) without 1 - mAP, and 0.3 times what
                         retained people lose, of which no term of Eq. (8) speaks. h_phi sees losses,
                         logits and targets, and a step size of each parameter is learned too.
+    --natural DAMPING   Ours, beside any preset: the gradient in Eq. (4) goes through (I + F /
+                        DAMPING)^-1, F the Fisher information of the training data as a matrix for
+                        each layer (baselines.curvature), so that the step spares what this data
+                        cares for. F is stored with phi: about five times the model's size.
 The optimiser of phi is AdamW with amsgrad, a cosine and no weight decay in all of them (authors'
 code; the paper's Tables 5 and 6, and the numbers of Table 4, are missing from our copy). mAP has no
 gradient: it is a constant. results/LOG.md says what each difference changed.
@@ -765,7 +769,7 @@ def parse_args(argv=None):
         help="ours: outer step of a learned step size for each parameter; 0: eta for all")
     add("--natural", type=common.positive, metavar="DAMPING",
         help="ours: the step (I + F / DAMPING)^-1 times the gradient, F the Fisher information of "
-        "the training data, which is stored with phi; see LOG.md for values")
+        "the training data, which is stored with phi")
     add("--requests-per-step", type=common.count, default=world,
         help="simulated requests averaged in one step; authors' code: 1")
     add("--search", action="store_true",
