@@ -595,7 +595,7 @@ def curvature(model, data, indices: Tensor, args, *key: int) -> dict:
         for g in labels:
             for k in a:
                 for total, own in zip(sums, factors(g[k], a[k]), strict=True):
-                    if len(own) <= LARGEST:
+                    if own is not None:
                         total[k] = total.get(k, 0) + wide(own)
     like = next(model.parameters())
     U_out, U_in = ({k: torch.linalg.eigh(t.to(like))[1] for k, t in of.items()} for of in sums)
@@ -664,16 +664,22 @@ def patches(module, x: Tensor) -> Tensor:
     return x.reshape(len(x), -1, x.shape[-1])
 
 
-def factors(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over images of G G^T (o, o) and of G^T G (i, i), G = sum over places of g a^T."""
+def factors(g: Tensor, a: Tensor) -> list:
+    """Sums over images of G G^T (o, o) and of G^T G (i, i), G = sum over places of g a^T.
+
+    None in place of one with a side above LARGEST.
+    """
     (_, T, o), i = g.shape, a.shape[-1]
     if T * (o + i) < o * i:  # fewer operations without G itself
         over_g, over_a = (a @ a.mT) @ g, (g @ g.mT) @ a
     else:
         G = g.mT @ a
         g, a = over_g, over_a = G.mT, G
-    pairs = ((g, over_g), (a, over_a))
-    return tuple(x.flatten(0, 1).mT @ y.flatten(0, 1) for x, y in pairs)
+    found = []
+    for x, over_x in ((g, over_g), (a, over_a)):
+        small = x.shape[-1] <= LARGEST
+        found.append(x.flatten(0, 1).mT @ over_x.flatten(0, 1) if small else None)
+    return found
 
 
 def squares(g: Tensor, a: Tensor, U_out, U_in) -> Tensor:
