@@ -486,7 +486,7 @@ def influence(student, data, have, args, rng):
     the Fisher information F of the data to keep (see curvature, kept_data): for identities a
     statistic that is stored before the data is gone, for random samples computed from all of D_r
     after the request. The length is searched: F of a model that fits its data is far too small for
-    the theory's 1 / |D_r|.
+    the theory's 1 / |D_r|. Parameters that `curvature` leaves out do not move.
     """
     kept = kept_data(have, args)
     key = (args.seed, args.split_seed, 11)
@@ -519,7 +519,7 @@ def retrain(student, data, have, args, rng):
 
 
 # --------------------------------------------------------------------------------------------------
-# Curvature, for Influence and Fisher
+# Curvature, for Influence, Fisher and METAUNLEARN --natural
 
 
 def label_gradients(model, data, indices: Tensor, rng: torch.Generator):
@@ -580,11 +580,12 @@ def curvature(model, data, indices: Tensor, args, *key: int) -> dict:
     Shapes: (o, o), (i, i), (o, i), a bias being one more column; None for a basis longer than
     LARGEST. With G an image's gradient of a linear or convolution layer, U_out and U_in are the
     eigenvectors of E[G G^T] and E[G^T G], and `second` is E[(U_out^T G U_in)^2], elementwise: F is
-    taken to be diagonal in that basis, and to hold nothing between layers. Exact where o or i is 1.
-    Norms, cls_token and pos_embed are not in it (see natural). Labels are the model's own, seeded
-    by `key`; args.amp: bf16. Raises ValueError for a model without such layers. Source: George et
-    al. 2018 (EK-FAC), with the factors of Gupta et al. 2018 (Shampoo), which suit a model that fits
-    its data better: images with a gradient count.
+    taken to be diagonal in that basis, and to hold nothing between layers. Exact where o or i is 1
+    and BASIS_IMAGES are not exceeded. All other parameters are left out (see natural): norms,
+    cls_token, pos_embed, grouped convolutions, the projections inside nn.MultiheadAttention. Labels
+    are the model's own, seeded by `key`; args.amp: bf16. Raises ValueError as flows does. Source:
+    George et al. 2018 (EK-FAC), with the factors of Gupta et al. 2018 (Shampoo): they weigh images
+    by their gradients, which are about 0 for most where a model fits its data.
     """
     for a, labels in flows(model, data, indices[:1], 1, generator(*key), args):
         held = sum(x.numel() for flow in (a, next(labels)) for x in flow.values())
@@ -598,7 +599,8 @@ def curvature(model, data, indices: Tensor, args, *key: int) -> dict:
                     if own is not None:
                         total[k] = total.get(k, 0) + wide(own)
     like = next(model.parameters())
-    U_out, U_in = ({k: torch.linalg.eigh(t.to(like))[1] for k, t in of.items()} for of in sums)
+    eigh = torch.linalg.eigh
+    U_out, U_in = ({k: eigh(t.float())[1].to(like) for k, t in of.items()} for of in sums)
     second = dict.fromkeys(a, 0.0)
     for a, labels in flows(model, data, indices, size, generator(*key), args):
         for g in labels:
@@ -614,13 +616,17 @@ def flows(model, data, indices: Tensor, size: int, rng: torch.Generator, args):
     ({layer: inputs a (B, T, i)}, an iterator over the labels that gives {layer: gradients g
     (B, T, o) of log p(y|x) for the layer's output}), g times the root of the label's weight (see
     labels_of_the_model). A layer with a bias has a last input of 1. Eval mode. Raises ValueError
-    for a model without such layers, or with one that is called twice.
+    for a model without such layers, and with one that is called twice or whose first axis is not
+    the images.
     """
     layers, flow, multilabel = matrix_layers(model), {}, data["targets"].ndim == 2
 
     def watch(name, module, x, z):
-        if name in flow:
-            raise ValueError(f"the model calls its layer {name} twice; its curvature is unknown")
+        if not z.requires_grad:
+            return z
+        if name in flow or len(x[0]) != len(batch):
+            what = "is called twice" if name in flow else "mixes images along its first axis"
+            raise ValueError(f"the model's layer {name} {what}; its curvature is unknown")
         a = patches(module, x[0].detach()).to(z.dtype)  # bf16 under autocast
         flow[name] = F.pad(a, (0, 1), value=1.0) if module.bias is not None else a, z
         return z.clone()  # what comes after may change it in place
@@ -630,9 +636,9 @@ def flows(model, data, indices: Tensor, size: int, rng: torch.Generator, args):
         for y, weight in drawn:
             log_p = -task_losses(logits, y.to(logits.device)) * weight.sqrt().to(logits)
             total = log_p.sum() * (logits.shape[1] if multilabel else 1)  # a sum over attributes
-            found = torch.autograd.grad(total, [z for _, z in flow.values()], retain_graph=True)
-            found = [g.flatten(2).mT if g.ndim == 4 else g for g in found]
-            yield {k: g.reshape(len(g), -1, g.shape[-1]) for k, g in zip(flow, found, strict=True)}
+            z = [z for _, z in flow.values()]
+            found = torch.autograd.grad(total, z, retain_graph=True, materialize_grads=True)
+            yield {k: places(layers[k], g) for k, g in zip(flow, found, strict=True)}
 
     handles = [m.register_forward_hook(partial(watch, name)) for name, m in layers.items()]
     try:
@@ -648,10 +654,14 @@ def flows(model, data, indices: Tensor, size: int, rng: torch.Generator, args):
 
 
 def matrix_layers(model) -> dict:
-    """{name: layer} of the linear layers and of the convolutions without groups."""
-    found = {}
+    """{name: layer} of the linear layers and of the convolutions without groups.
+
+    Layers whose weight is computed from other parameters, or is another layer's, are left out.
+    """
+    found, own = {}, dict(model.named_parameters())
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+        whole = isinstance(module, nn.Linear) or getattr(module, "groups", 0) == 1
+        if whole and isinstance(module, (nn.Linear, nn.Conv2d)) and f"{name}.weight" in own:
             found[name] = module
     return found
 
@@ -659,9 +669,17 @@ def matrix_layers(model) -> dict:
 def patches(module, x: Tensor) -> Tensor:
     """What a matrix layer multiplies with its weight: (B, T, patch), T tokens or places."""
     if isinstance(module, nn.Conv2d):
-        shape = (module.kernel_size, module.dilation, module.padding, module.stride)
-        return F.unfold(x, *shape).mT
+        mode = module.padding_mode.replace("zeros", "constant")
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode)  # also of padding="same"
+        return F.unfold(x, module.kernel_size, module.dilation, 0, module.stride).mT
     return x.reshape(len(x), -1, x.shape[-1])
+
+
+def places(module, g: Tensor) -> Tensor:
+    """A gradient of a matrix layer's output as (B, T, o), T as in patches."""
+    if isinstance(module, nn.Conv2d):
+        return g.flatten(2).mT
+    return g.reshape(len(g), -1, g.shape[-1])
 
 
 def factors(g: Tensor, a: Tensor) -> list:
@@ -706,7 +724,7 @@ def turned(x: Tensor, U, back=False) -> Tensor:
 def natural(fisher: dict, gradient: dict, damping: float) -> dict:
     """(F + damping)^-1 gradient, {name: tensor}, F as curvature gives it: a symmetric linear map.
 
-    It is 0 where F holds nothing, as if F were infinite there.
+    Parameters outside of F's layers do not move, as if F were infinite there.
     """
     out = {k: torch.zeros_like(g) for k, g in gradient.items()}
     for layer, (U_out, U_in, second) in fisher.items():
@@ -945,8 +963,9 @@ def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> n
 
     model: images -> logits (B, K), see common.Own. D_f, D_r, D_v: see data.of_tensors; a method
     that reads D_f alone needs no D_r. flags: the method's own, unlearn_lr=0.01. With D_v those that
-    are not given and that --search moves are searched. Raises FloatingPointError where the method
-    diverged, TypeError for a flag that is none of the method's and for a missing D_r.
+    are not given and that --search moves are searched; D_r, taken to be all of it, judges. Raises
+    FloatingPointError where the method diverged, TypeError for a flag that is none of the method's
+    and for a missing D_r, ValueError for a model whose curvature is not known (influence).
     """
     wrong = set(flags) - set(METHODS[method]["flags"])
     if wrong or (D_r is None and METHODS[method]["touches"] != FORGET):

@@ -81,20 +81,23 @@ def measure_all(models: dict, data, split, args, seen=()) -> dict:
     weights, images and code alone, of which it holds a hash.
     """
     rows = {}
+    about = repr((split["hash"], data["device"].type, args.amp, list(seen))).encode()
+    about = hashlib.sha256(b"".join([about, *(f.read_bytes() for f in sorted(HERE.glob("*.py")))]))
     for row, model in models.items():
-        path = checkpoint_folder(args) / f"{row}-seed{args.seed}.measured.json"
-        about = repr((split["hash"], data["device"].type, args.amp, list(seen)))
-        parts = [t.cpu().numpy().tobytes() for t in model.state_dict().values()]
-        parts += [about.encode(), *(file.read_bytes() for file in sorted(HERE.glob("*.py")))]
-        about = hashlib.sha256(b"".join(parts)).hexdigest()
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        # Several processes measure together, so that none may find a file that another does not.
+        if row not in ("original", "retrained") or common.rank_and_world()[1] > 1:
+            rows[row] = measure(model, data, split, args.amp, seen)
+            continue
+        path, own = checkpoint_folder(args) / f"{row}-seed{args.seed}.measured.json", about.copy()
+        for t in model.state_dict().values():
+            own.update(t.cpu().contiguous().numpy())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(path.read_text())
-            if kept["about"] == about:
+            if kept["about"] == own.hexdigest():
                 rows[row] = kept["measured"]
                 continue
         rows[row] = measure(model, data, split, args.amp, seen)
-        if row in ("original", "retrained") and common.rank_and_world()[0] == 0:
-            common.write_json(path, {"about": about, "measured": rows[row]})
+        common.write_json(path, {"about": own.hexdigest(), "measured": rows[row]})
     return rows
 
 
@@ -208,7 +211,8 @@ def hold_out(seen: list, args) -> tuple[list, list]:
     Where some of D_r is out of reach, a tenth (30 images at least) is kept from the method: on the
     images that it trains on, it would look as good as if it had all of D_r. The chosen setting runs
     without these too, so that the model that was judged is the one that is handed out: with a few
-    images more, a large step can end at quite another model (FT in results/LOG.md).
+    images more, a large step can end at quite another model (FT in results/LOG.md). Statistics of
+    the training data that were stored before the request hold these images, as all of D.
     """
     if args.forget == "identities" or args.rho == 1:
         return seen, seen

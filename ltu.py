@@ -428,7 +428,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
     z_1, groups = z_1_table(model, data, forget, seen, args.amp), by_label(data, seen)
-    identity = {"split": split["hash"], "method": method}
+    identity = {"split": split["hash"], "method": method, "images": len(seen)}
     identity |= {flag: getattr(args, flag) for flag in METHOD_FLAGS}
     first, log = 0, []
     if partial and args.resume and partial.is_file():
@@ -472,8 +472,9 @@ def forget(model, D_f, D_r_hat, D_v, head=None, **flags) -> nn.Module:
     """A copy of somebody's own model without D_f, by LTU; writes no file.
 
     model: images -> logits (B, K), see common.Own. D_f, D_r_hat, D_v: see data.of_tensors. flags:
-    of the command line, beta=0.01; alpha, beta and passes are searched where none is given. Raises
-    TypeError for a flag that is none, SystemExit(2) where a step diverges.
+    of the command line, beta=0.01; alpha, beta and passes are searched where none is given, and a
+    tenth of D_r_hat, 30 images at least, judges then and is not trained on. Raises TypeError for a
+    flag that is none, SystemExit(2) where a step diverges.
     """
     args = parse_args(["--forget", "random", "--augment", "none"])
     if set(flags) - set(METHOD_FLAGS):

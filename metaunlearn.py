@@ -33,10 +33,11 @@ Where the paper is silent, or its authors' code differs, a preset decides:
     --natural DAMPING   Ours, beside any preset: the gradient in Eq. (4) goes through (I + F /
                         DAMPING)^-1, F the Fisher information of the training data as a matrix for
                         each layer (baselines.curvature), so that the step spares what this data
-                        cares for. F is stored with phi: about five times the model's size.
+                        cares for. F is stored with phi: five times a ViT's size, nine a ResNet's.
 The optimiser of phi is AdamW with amsgrad, a cosine and no weight decay in all of them (authors'
 code; the paper's Tables 5 and 6, and the numbers of Table 4, are missing from our copy). mAP has no
-gradient: it is a constant. results/LOG.md says what each difference changed.
+gradient: it is a constant. results/LOG.md says what each difference changed, but for --natural,
+which is not measured yet.
 """
 
 import argparse
@@ -426,13 +427,12 @@ def fisher_of(model, data, split, args) -> dict | None:
     """F of the training data, from which --natural takes its step (baselines.curvature)."""
     if not args.natural:
         return None
-    D, begin = torch.tensor(sorted(split["retain"] + split["forget"])), common.clock(data["device"])
+    D = torch.tensor(sorted(split["retain"] + split["forget"]))
+    say(f"--natural: curvature of {len(D):,} images")
     try:
-        fisher = baselines.curvature(model, data, D, args, args.seed, args.split_seed, 17)
+        return baselines.curvature(model, data, D, args, args.seed, args.split_seed, 17)
     except ValueError as error:
         fail(f"--natural: {error}")
-    say(f"--natural: curvature of {len(D):,} images, {common.clock(data['device']) - begin:.1f} s")
-    return fisher
 
 
 def request_gradient(h_phi, model, request, data, split, original, args, rng) -> tuple:
@@ -699,7 +699,9 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     if saved:
         h_phi, seconds["meta_train"] = restore_meta_loss(saved, path, model, data, split, args)
     else:
+        begin = common.clock(data["device"])
         fisher = fisher_of(model, data, split, args)
+        seconds |= {"curvature": common.clock(data["device"]) - begin} if fisher else {}
         if args.search:
             tries = evaluate.tries_path(name, args)
             chosen, more = search(model, data, split, args, fisher, tries)
@@ -800,7 +802,7 @@ def parse_args(argv=None):
         fail("--retain-weight is not in --aux-loss scrub, which has KL on retained images itself")
     if args.search and args.meta_loss:
         fail("--search learns a new meta-loss, --meta-loss uses an old one; drop one of them")
-    moved = ("eta", "alpha", "meta_epochs", *(["natural"] if args.natural else []))
+    moved = ("eta", "alpha", "meta_epochs")
     args.search = [k for k in moved if args.search and common.flag_name(k) not in args.given]
     return args
 

@@ -484,7 +484,7 @@ def check_curvature(module):
         g = {k: t.detach() for k, t in net.named_parameters()}
         one, other = (flat_of(module.natural(of, g, 1e-3)) for of in (kept[0], bf16))
         assert F.cosine_similarity(one, other, dim=0) > 0.999 and not torch.equal(one, other)
-        for constants in (dict(LARGEST=0), dict(FLOWS=1)):
+        for constants in (dict(LARGEST=0), dict(FLOWS=1), dict(LARGEST=9), dict(BASIS_IMAGES=5)):
             with patch.multiple(module, **constants):
                 kept.append(module.curvature(net, p.data, every, p.args, 0))
         x, theta = pixels(p, every), dict(net.named_parameters())
@@ -508,18 +508,65 @@ def check_curvature(module):
                         if of is kept[0]:
                             gram[k][0] += weight * G @ G.T
                             gram[k][1] += weight * G.T @ G
-                        G = G if U_in is None else U_out.T @ G @ U_in
+                        G = G if U_out is None else U_out.T @ G
+                        G = G if U_in is None else G @ U_in
                         total[k] = total[k] + weight * G.pow(2) / 12
         for of, total in zip(kept, found, strict=True):
             for k, (U_out, _, second) in of.items():
                 assert torch.allclose(second.double(), total[k].double(), rtol=1e-3, atol=1e-9), k
-                assert (U_out is None) == (of is kept[1])
+                assert (U_out is None) == (of is kept[1] or (of is kept[3] and len(second) > 9))
+        step = module.natural(kept[1], g, 0.1)  # without bases, that of a diagonal F
+        for k, (_, _, second) in kept[1].items():
+            G = g[f"{k}.weight"].flatten(1)
+            want = G / (second[:, : G.shape[1]] + 0.1)
+            assert torch.allclose(step[f"{k}.weight"].flatten(1), want, rtol=1e-4)
         layers = {k.removesuffix(".weight") for k in theta if "norm" not in k and "weight" in k}
         assert set(kept[0]) == layers
         for k, sums in gram.items():  # and the bases are those of E[G G^T] and E[G^T G]
             for U, M in zip(kept[0][k], sums, strict=False):
                 M = U.T @ M.to(U) @ U
                 assert (M - M.diag().diag()).abs().max() < 1e-4 * M.max(), k
+
+
+class Unusual(nn.Module):
+    """Layers that curvature must find out about; `bad`: one that it must refuse."""
+
+    def __init__(self, bad=None):
+        super().__init__()
+        self.bad, self.last = bad, nn.Linear(6, 6)
+        self.same = nn.Conv2d(3, 6, 3, padding="same", padding_mode="circular")
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.unused, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, images):
+        x = self.last(self.same(images).permute(0, 2, 3, 1))  # (B, H, W, C)
+        if self.bad == "twice":
+            x = self.last(x)
+        self.unused(x if self.bad != "first axis" else x.permute(1, 0, 2, 3))
+        x = self.normed(x).mean((1, 2)).relu()
+        return x, self.head(x)
+
+
+def check_unusual_layers(module):
+    """Channels last with as many rows as channels, padding, an unused and a computed weight."""
+    torch.manual_seed(0)
+    p, net, every = problem(n=14, side=6), Unusual(), torch.arange(8)
+    with patch.object(module, "LARGEST", 0):
+        found = module.curvature(net, p.data, every, p.args, 0)
+    assert set(found) == {"last", "same", "unused", "head"} and not found["unused"][2].any()
+    theta, used = dict(net.named_parameters()), ["last", "same", "head"]
+    total = dict.fromkeys(used, 0.0)
+    for image in pixels(p, every):
+        for log_p in net(image[None])[1][0].log_softmax(0):
+            weights = [theta[f"{k}.weight"] for k in used]
+            d = torch.autograd.grad(log_p, weights, retain_graph=True)
+            for k, own in zip(used, d, strict=True):
+                total[k] = total[k] + log_p.exp().detach() * own.flatten(1).pow(2) / 8
+    for k in used:
+        assert torch.allclose(found[k][2][:, :-1], total[k], rtol=1e-3, atol=1e-9), k
+    for bad, words in (("twice", "last is called twice"), ("first axis", "unused mixes images")):
+        with pytest.raises(ValueError, match=words):
+            module.curvature(Unusual(bad), p.data, torch.arange(4), p.args, 0)
 
 
 CHECKS = {k.removeprefix("check_"): f for k, f in list(globals().items()) if k[:6] == "check_"}
@@ -575,8 +622,9 @@ MUTANTS = {
                   ("theta_long / long", "1 / long")],
     "influence kept_data": [('D[~torch.isin(D, have["forget"])]', "D")],
     "natural": [("(second.to(G) + damping)", "(second.to(G) + damping).sqrt()")],
-    "natural curvature": [("torch.linalg.eigh(t.to(like))[1]", "torch.eye(len(t))")],
+    "natural curvature": [("eigh(t.float())[1]", "torch.eye(len(t))")],
     "curvature": [(" / len(indices)", "")],
+    "unusual_layers places": [("isinstance(module, nn.Conv2d)", "g.ndim == 4")],
     "curvature factors": [("(a @ a.mT) @ g", "g"), ("= G.mT, G\n", "= G.mT, a\n")],
     "curvature flows": [
         ("value=1.0", "value=0.0"), ("z.clone()", "z"), (" * weight.sqrt().to(logits)", ""),

@@ -699,9 +699,15 @@ def test_the_two_models_are_measured_once_and_again_after_a_change(run, tmp_path
         patch.setattr(E, "HERE", code)
         assert rows(7, first=moved) == 9 + 3
     (path,) = tmp_path.rglob("retrained-seed0.measured.json")
-    rows(7, first=moved)
-    path.write_text(path.read_text()[:-9])
-    assert rows(7, first=moved) == 15 + 2
+    assert rows(7, first=moved) == 12 + 3
+    for damaged in (path.read_text()[:-9], "[]"):
+        path.write_text(damaged)
+        before = len(measured)
+        assert rows(7, first=moved) == before + 2
+    split, before = split | {"hash": "other"}, len(measured)
+    assert rows(7, first=moved) == before + 3
+    args.amp, before = True, len(measured)
+    assert rows(7, first=moved) == before + 3
 
 
 def test_attack_on_every_checkpoint(run, capsys):

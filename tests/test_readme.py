@@ -163,6 +163,8 @@ def runs_of(calls: list[list[str]]) -> tuple[dict, dict]:
 
     made, packed = {}, {}
     for script, *arguments in calls:
+        if script.startswith("tests/") or "--check-gradient" in arguments:  # no result
+            continue
         module = importlib.import_module(script.removesuffix(".py"))
         args = module.parse_args(arguments)
         if module is evaluate:
@@ -182,7 +184,7 @@ def runs_of(calls: list[list[str]]) -> tuple[dict, dict]:
 
 # Those of an earlier version of the code name its commit.
 SHELL = {path: path.read_text() for path in (ROOT / "results").glob("*.sh")}
-CURRENT = [p for p, text in SHELL.items() if "--pack" in text and "git checkout" not in text]
+CURRENT = [path for path, text in SHELL.items() if "git checkout" not in text]
 
 
 @pytest.mark.parametrize("script", sorted(CURRENT), ids=lambda p: p.name)
@@ -191,7 +193,7 @@ def test_each_script_makes_the_runs_that_are_packed(script, tmp_path):
     import evaluate
 
     made, packed = runs_of(calls_of(script, tmp_path))
-    assert packed
+    assert made and bool(packed) == ("--pack" in SHELL[script])
     for target, folders in packed.items():
         here = {}
         for path, flags in made.items():
