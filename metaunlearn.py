@@ -36,8 +36,8 @@ Where the paper is silent, or its authors' code differs, a preset decides:
                         cares for. F is stored with phi: five times a ViT's size, nine a ResNet's.
 The optimiser of phi is AdamW with amsgrad, a cosine and no weight decay in all of them (authors'
 code; the paper's Tables 5 and 6, and the numbers of Table 4, are missing from our copy). mAP has no
-gradient: it is a constant. results/LOG.md says what each difference changed, but for --natural,
-which is not measured yet.
+gradient: it is a constant. results/LOG.md says what each difference changed; --natural is hardly
+measured yet.
 """
 
 import argparse
@@ -643,7 +643,8 @@ def restore_meta_loss(saved: dict, path, model, data, split, args) -> tuple[Meta
     with common.reading(path):
         h_phi = new_meta_loss(model, data, split, args, saved["fisher"] if args.natural else None)
         h_phi.load_state_dict(saved["phi"])
-        h_phi.direction(theta := dict(model.named_parameters()), theta.values())  # F fits theta
+        theta = updatable(model)
+        h_phi.direction(theta, theta.values())  # fails where F is another model's
         if any(not torch.equal(t.cpu(), saved["model"][k]) for k, t in model.state_dict().items()):
             original = checkpoint_folder(args) / f"original-seed{args.seed}.pt"
             fail(f"{path} was learned for other weights than {original}; delete one of them")
@@ -826,10 +827,9 @@ def main(argv=None):
         saved = load_checkpoint(args.meta_loss, "meta-loss")
         with common.reading(args.meta_loss):
             made_with = {flag: saved[flag] for flag in META_FLAGS} | {"eta": float(saved["eta"])}
-            made_with["hidden"] = int(saved["hidden"])
-        for flag, value in made_with.items():
-            if common.flag_name(flag) in typed and value != getattr(args, flag):
-                fail(f"{args.meta_loss} was made with {common.flag_name(flag)} {value}")
+            for flag, value in made_with.items():  # a tensor, of a damaged file, compares badly
+                if common.flag_name(flag) in typed and value != getattr(args, flag):
+                    fail(f"{args.meta_loss} was made with {common.flag_name(flag)} {value}")
         vars(args).update(made_with)
     if args.support:
         known = {common.flag_name(flag) for flag in (*META_FLAGS, *SUPPORT_FLAGS)}

@@ -624,7 +624,7 @@ def test_add_and_project_differ_only_where_gradients_conflict():
     assert 0 < sum(conflicts) < 12
 
 
-def test_resume_equals_uninterrupted(run, again, monkeypatch):
+def test_resume_equals_uninterrupted(run, again, monkeypatch, capsys):
     """Stopped in the middle of the loop, then --resume: the same model to the bit.
 
     By the clock an iteration takes 25 s: progress is saved at a minute, that is every third one.
@@ -643,6 +643,10 @@ def test_resume_equals_uninterrupted(run, again, monkeypatch):
         again("--name", "resumed")
     (partial_file,) = run.folder.rglob("ltu-resumed-seed0.partial.pt")
     assert torch.load(partial_file, weights_only=True)["iteration"] == 5
+    with pytest.MonkeyPatch.context() as patch:  # not with other images than it began with
+        patch.setattr(L, "reachable", lambda split, *_: split["retain"][:50])
+        refused(capsys, "was made with images 327", again, "--name", "resumed", "--resume")
+    now = itertools.count(step=25)
     result = again("--name", "resumed", "--resume")
     assert len(calls) < 8 + 12 and not partial_file.exists()
     assert result["log"] == run.result["log"]
@@ -781,10 +785,12 @@ def test_somebodys_own_model_unlearns_and_no_file_is_written(tmp_path, monkeypat
     assert torch.allclose(2 * moved[0], moved[1], atol=1e-6)
     monkeypatch.setattr(E, "TRIES", 2)
     with pytest.MonkeyPatch.context() as patch:
-        searched = []
+        searched, trained_on, real = [], [], L.unlearn
         patch.setattr(E, "search", lambda start, *_: searched.append(list(start)) or ({}, {}))
+        patch.setattr(L, "unlearn", lambda *have: trained_on.append(len(have[3])) or real(*have))
         L.forget(net, D_f, D_r, D_v, support_size=12)
     assert searched == [["beta", "alpha", "passes"]] and not list(tmp_path.iterdir())
+    assert trained_on == [20]  # of D_r's 40, half judge: there are fewer than 60
     with pytest.raises(TypeError, match="gamma"):
         L.forget(net, D_f, D_r, D_v, gamma=1)
 

@@ -522,6 +522,8 @@ def test_somebodys_own_model_learns_a_loss_and_unlearns(preset, tmp_path, monkey
     assert torch.allclose(flat(without.parameters()), want, atol=1e-6)
     assert (want - before).norm() > 1e-4 and torch.equal(flat(net.parameters()), before)
     assert type(without) is torch.nn.Sequential and net.training and not list(tmp_path.iterdir())
+    flags = dict(ids=2, meta_epochs=1, hidden=6, preset=preset, natural=0.01)
+    assert set(M.learn_loss(net, D, who, D_v, **flags).fisher) == {"net.0", "net.4"}
     with pytest.raises(TypeError, match="gamma"):
         M.learn_loss(net, D, who, D_v, gamma=1)
 
@@ -530,6 +532,7 @@ def test_natural_steps_go_with_the_meta_loss(trained, copied, tmp_path, capsys, 
     """The step is that of the dense (I + F / damping)^-1; F is stored, and checked when read."""
     own = [*copied, "--natural", "0.01", "--name", "natural"]
     result = M.main(own)
+    assert result["seconds"]["curvature"] > 0
     (path,) = tmp_path.rglob("metaunlearn-paper-natural-seed0.meta.pt")
     saved = torch.load(path, weights_only=True)
     original, _ = common.load_model(path.with_name("original-seed0.pt"))
@@ -843,7 +846,7 @@ def test_bad_settings_get_one_line(tmp_path, capsys, monkeypatch):
 
 
 WRONG = {"phi": None, "model": {}, "seconds": "long", "inputs": "pixels", "eta": "small"}
-WRONG |= {"hidden": "wide"}
+WRONG |= {"hidden": torch.zeros(2)}
 
 
 @pytest.mark.parametrize("key", [*WRONG, "NaN", "split", "original", "gold"])
