@@ -307,9 +307,12 @@ def sets_in(args) -> list[str]:
 def request_sets(split: dict, support, forget, args, rng) -> list[dict]:
     """The sets over which A is computed, as index arrays f, v, r with their weight in the mean.
 
-    One dictionary, with all of D_f; with --preset code one for each pair of 64 images.
+    One dictionary, with all of D_f or --forget-images of it; with --preset code one for each pair
+    of 64 images.
     """
     code, sets = args.preset == "code", []
+    if 0 < args.forget_images < len(forget):
+        forget = rng.choice(forget, args.forget_images, replace=False)
     size = PAIR if code else len(forget)
     many = PAIR if code else args.val_images or len(split["val"])
     everyone = split["retain"] + split["forget"]
@@ -615,7 +618,7 @@ def forget(model, h_phi: MetaLoss, S, head=None) -> nn.Module:
 # The flags that make one meta-loss another; saved with it, and checked when it is loaded.
 META_FLAGS = ("preset", "inputs", "hidden", "dropout", "eta", "alpha", "alpha_step", "meta_epochs")
 META_FLAGS += ("meta_ids", "requests_per_step", "aux_loss", "accuracy_weight", "val_images")
-META_FLAGS += ("retain_weight", "retain_images", "natural")
+META_FLAGS += ("retain_weight", "retain_images", "natural", "forget_images")
 SUPPORT_FLAGS = ("meta_loss", "support", "save", "overwrite", "device", "amp")
 
 
@@ -764,6 +767,8 @@ def parse_args(argv=None):
     add("--dropout", type=common.between(0, 0.99), default=0.0, help="in h_phi; authors' code: 0.5")
     add("--val-images", type=common.whole, default=128,
         help="random images of D_v in A, 0: all, as the paper writes; --preset code: 64")
+    add("--forget-images", type=common.whole, default=0,
+        help="random images of a request's D_f in A, 0: all, as the paper writes")
     add("--retain-weight", type=common.not_negative, default=0.0,
         help="ours: weight in A of KL(theta, theta_u) on retained images; paper: 0 (App. C)")
     add("--retain-images", type=common.count, default=128,

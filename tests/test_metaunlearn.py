@@ -360,6 +360,11 @@ def test_request_sets(small):
     assert not retained & {*q.forget, *q.support, *q.split["support"]}
     whole = problem(small, "--val-images", "0")
     assert sorted(whole.sets[0]["v"]) == whole.split["val"]
+    few = problem(small, "--preset", "code", "--forget-images", "6")
+    drawn = np.concatenate([part["f"] for part in few.sets])
+    assert [len(part["f"]) for part in few.sets] == [5, 1] and len({*drawn}) == 6
+    assert {*drawn} < {*few.forget} and [part["weight"] for part in few.sets] == [5 / 6, 1 / 6]
+    assert len(problem(small, "--forget-images", "10").sets[0]["f"]) == 9  # all there are
 
 
 def test_preset_code_is_the_authors_code_on_every_data_set():
