@@ -287,6 +287,7 @@ def wait_for_all():
 # Models
 
 PATCH_OF_TOY_VIT = 8
+NARROW = r"resnet18_w(\d+)"  # a ResNet-18 whose first stage has so many channels, not 64
 
 
 class Net(nn.Module):
@@ -320,6 +321,7 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     size or file.
     """
     own = name in ("toy_vit", "toy_resnet") or (name == "resnet18" and image_size <= 64)
+    own = own or re.fullmatch(NARROW, name)
     patch = PATCH_OF_TOY_VIT if name == "toy_vit" else _patch_size(name)
     if "vit" in name and patch and image_size % patch:
         fail(f"--image-size {image_size} is no multiple of {patch}, the patch size of {name}")
@@ -355,7 +357,7 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
 
 
 def _own_net(name, outputs, image_size, weights):
-    """The models that have no entry in timm: two small ones, and ResNet-18 for small images."""
+    """The models that have no entry in timm: small ones, and ResNet-18 for small images."""
     import timm  # here, because importing it takes seconds and --help should not
 
     if name == "toy_vit":  # 0.21 M parameters: 32 px faces on two CPU cores in seconds
@@ -363,17 +365,29 @@ def _own_net(name, outputs, image_size, weights):
         shape |= dict(img_size=image_size, patch_size=PATCH_OF_TOY_VIT)
         net = timm.models.VisionTransformer(**shape)
     elif name == "toy_resnet":  # 0.08 M parameters, three stages of one block: for digits on a CPU
-        block, stages = timm.models.resnet.BasicBlock, dict(layers=(1, 1, 1), channels=(16, 32, 64))
-        net = timm.models.ResNet(block, num_classes=outputs, zero_init_last=False, **stages)
-        # timm's stem has 64 channels.
-        net.bn1, net.layer1 = nn.BatchNorm2d(16), nn.Sequential(block(16, 16))
+        net = _resnet((1, 1, 1), 16, outputs)
         net.layer4 = nn.Identity()
-        _cifar_stem(net, 16)
+    elif narrow := re.fullmatch(NARROW, name):  # w16: 0.70 M parameters, for CIFAR-10 on a CPU
+        net = _resnet((2, 2, 2, 2), int(narrow[1]), outputs)
     else:
         net = timm.create_model(name, num_classes=outputs)
         _cifar_stem(net, 64)
     if weights:
         _load_but_the_head(net, weights)
+    return net
+
+
+def _resnet(blocks: tuple, width: int, outputs: int):
+    """A ResNet with the stem of CIFAR: so many basic blocks in each stage, widths that double."""
+    import timm
+
+    block, widths = timm.models.resnet.BasicBlock, [width * 2**i for i in range(len(blocks))]
+    shape = dict(layers=blocks, channels=widths, num_classes=outputs)
+    net = timm.models.ResNet(block, zero_init_last=False, **shape)
+    # timm's stem has 64 channels.
+    net.bn1 = nn.BatchNorm2d(width)
+    net.layer1 = nn.Sequential(*(block(width, width) for _ in range(blocks[0])))
+    _cifar_stem(net, width)
     return net
 
 

@@ -76,7 +76,8 @@ def add_recipe_arguments(parser):
     """The flags of the training recipe."""
     add = parser.add_argument_group("training of the original and the gold model").add_argument
     # fmt: off
-    add("--model", default="toy_vit", help="toy_vit, toy_resnet, resnet18 or any timm model")
+    add("--model", default="toy_vit",
+        help="toy_vit, toy_resnet, resnet18, resnet18_w16 (16 channels, not 64), or any timm model")
     add("--init", default="none", help="none, pretrained (timm's hub), or FILE; paper: pretrained")
     add("--epochs", type=common.count, default=40, help="training epochs; paper: 30")
     add("--optimizer", choices=("sgd", "adamw"), default="adamw", help="paper: sgd")

@@ -276,6 +276,7 @@ def test_with_parameters_is_a_copy():
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHAPES = [("toy_vit", 16, 64, 0.5, 0.5), ("toy_resnet", 8, 64, 0.5, 0.5)]
 SHAPES += [("resnet18", 32, 512, 0.5, 0.5), ("resnet18", 96, 512, *IMAGENET)]
+SHAPES += [("resnet18_w16", 32, 128, 0.5, 0.5)]
 
 
 @pytest.mark.parametrize("name, size, width, mean, std", SHAPES)
@@ -287,6 +288,16 @@ def test_model_gives_features_and_logits(name, size, width, mean, std):
     normal = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     torch.testing.assert_close(logits, model.net(normal))  # timm's own forward
     torch.testing.assert_close(logits, model.net.get_classifier()(features))
+
+
+def test_narrow_resnet_is_resnet18():
+    """With 64 channels and the same weights it computes the same; with 16 it has 0.70 M of them."""
+    model, same = (common.build_model(name, 5, 32).eval() for name in ("resnet18", "resnet18_w64"))
+    same.load_state_dict(model.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(same(images), model(images))
+    narrow = common.build_model("resnet18_w16", 10, 32)
+    assert round(sum(p.numel() for p in narrow.parameters()) / 1e6, 2) == 0.70
 
 
 USELESS = {"missing.pt": None, "text.pt": b"none\n", "text.safetensors": b"none\n"}
