@@ -287,7 +287,7 @@ def wait_for_all():
 # Models
 
 PATCH_OF_TOY_VIT = 8
-NARROW = r"resnet18_w(\d+)"  # a ResNet-18 whose first stage has so many channels, not 64
+NARROW = r"resnet18_w([1-9]\d*)"  # a ResNet-18 whose first stage has so many channels, not 64
 
 
 class Net(nn.Module):
