@@ -287,7 +287,7 @@ def wait_for_all():
 # Models
 
 PATCH_OF_TOY_VIT = 8
-NARROW = r"resnet18_w([1-9]\d*)"  # a ResNet-18 whose first stage has so many channels, not 64
+NARROW = r"resnet18_w([1-9]\d*)"  # the small images' ResNet-18, with so many channels, not 64
 
 
 class Net(nn.Module):
@@ -367,27 +367,31 @@ def _own_net(name, outputs, image_size, weights):
     elif name == "toy_resnet":  # 0.08 M parameters, three stages of one block: for digits on a CPU
         net = _resnet((1, 1, 1), 16, outputs)
         net.layer4 = nn.Identity()
-    elif narrow := re.fullmatch(NARROW, name):  # w16: 0.70 M parameters, for CIFAR-10 on a CPU
-        net = _resnet((2, 2, 2, 2), int(narrow[1]), outputs)
-    else:
-        net = timm.create_model(name, num_classes=outputs)
-        _cifar_stem(net, 64)
+    else:  # w16: 0.70 M parameters, for CIFAR-10 on a CPU
+        narrow = re.fullmatch(NARROW, name)
+        net = _resnet((2, 2, 2, 2), int(narrow[1]) if narrow else 64, outputs)
     if weights:
         _load_but_the_head(net, weights)
     return net
 
 
 def _resnet(blocks: tuple, width: int, outputs: int):
-    """A ResNet with the stem of CIFAR: so many basic blocks in each stage, widths that double."""
+    """A ResNet as in SalUn: so many basic blocks in each stage, widths that double.
+
+    Its first convolution is 3 x 3 with stride 1, and there is no pooling before the stages.
+    """
     import timm
 
     block, widths = timm.models.resnet.BasicBlock, [width * 2**i for i in range(len(blocks))]
     shape = dict(layers=blocks, channels=widths, num_classes=outputs)
     net = timm.models.ResNet(block, zero_init_last=False, **shape)
     # timm's stem has 64 channels.
-    net.bn1 = nn.BatchNorm2d(width)
+    net.bn1, net.maxpool = nn.BatchNorm2d(width), nn.Identity()
     net.layer1 = nn.Sequential(*(block(width, width) for _ in range(blocks[0])))
-    _cifar_stem(net, width)
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return net
 
 
@@ -424,15 +428,6 @@ def _load_but_the_head(net, state: dict):
     missing = set(net.load_state_dict(kept, strict=False).missing_keys) - left_out
     if missing:
         raise RuntimeError(f"the file lacks {sorted(missing)[0]}")
-
-
-def _cifar_stem(net, channels: int):
-    """A first convolution of 3 x 3 and stride 1, and no pooling, as in SalUn's ResNet-18."""
-    net.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-    net.maxpool = nn.Identity()
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _patch_size(name: str) -> int | None:

@@ -23,6 +23,7 @@ import types
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from conftest import refused
 from sklearn.metrics import accuracy_score, average_precision_score
@@ -290,12 +291,16 @@ def test_model_gives_features_and_logits(name, size, width, mean, std):
     torch.testing.assert_close(logits, model.net.get_classifier()(features))
 
 
-def test_narrow_resnet_is_resnet18():
-    """With 64 channels and the same weights it computes the same; with 16 it has 0.70 M of them."""
-    model, same = (common.build_model(name, 5, 32).eval() for name in ("resnet18", "resnet18_w64"))
-    same.load_state_dict(model.state_dict())
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_w64"])
+def test_small_resnet_is_timms_resnet18_with_another_stem(name):
+    """It computes the same with the same weights, all of them in use; with 16 channels 0.70 M."""
+    model, timms = common.build_model(name, 5, 32).eval(), timm.create_model("resnet18").eval()
+    timms.reset_classifier(5)
+    timms.conv1, timms.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    assert all(m.weight.min() == 1 for n, m in model.named_modules() if n.endswith("bn2"))  # SalUn
+    timms.load_state_dict(model.net.state_dict())
     images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(same(images), model(images))
+    torch.testing.assert_close(model(images)[1], timms((images - 0.5) / 0.5))
     narrow = common.build_model("resnet18_w16", 10, 32)
     assert round(sum(p.numel() for p in narrow.parameters()) / 1e6, 2) == 0.70
 

@@ -2,10 +2,12 @@
 
 import argparse
 import copy
+import inspect
 import itertools
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -360,12 +362,20 @@ def test_request_sets(small):
     assert not retained & {*q.forget, *q.support, *q.split["support"]}
     whole = problem(small, "--val-images", "0")
     assert sorted(whole.sets[0]["v"]) == whole.split["val"]
-    few = problem(small, "--preset", "code", "--forget-images", "6")
+    few = problem(small, "--preset", "code", "--forget-images", "7")
     drawn = np.concatenate([part["f"] for part in few.sets])
-    assert [len(part["f"]) for part in few.sets] == [5, 1] and len({*drawn}) == 6
-    assert {*drawn} < {*few.forget} and {*drawn} != {*few.forget[:6]}  # random ones
-    assert [part["weight"] for part in few.sets] == [5 / 6, 1 / 6]
+    assert [len(part["f"]) for part in few.sets] == [5, 2] and len({*drawn}) == 7
+    assert {*drawn} < {*few.forget} and {*drawn} != {*few.forget[:7]}  # random ones
+    assert [part["weight"] for part in few.sets] == [5 / 7, 2 / 7]
     assert len(problem(small, "--forget-images", "10").sets[0]["f"]) == 9  # all there are
+
+
+def test_a_meta_loss_remembers_every_flag_that_makes_it_another():
+    """Else a run with another value of the flag would be given the old meta-loss."""
+    typed = re.findall(r'add\("--(?:no-)?([a-z-]+)"', inspect.getsource(M.parse_args))
+    others = {"search", "hypergradient", "meta_batch_size", "check_gradient"}
+    others |= {"meta_loss", "support", "export_support"}
+    assert {flag.replace("-", "_") for flag in typed} - others == {*M.META_FLAGS}
 
 
 def test_preset_code_is_the_authors_code_on_every_data_set():
