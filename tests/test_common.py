@@ -511,3 +511,11 @@ def test_imports_and_what_no_script_may_hold(script):
             assert packages & set(ABOVE) <= set(ABOVE[script]), ast.unparse(node)
             slow = packages & {"torchvision", "timm", "matplotlib", "sklearn"}
             assert len(names) <= 10 and not (slow and node in tree.body), ast.unparse(node)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_bf16_attention_on_a_cpu_is_fused_only_where_no_gradient_follows(grad):
+    with torch.set_grad_enabled(grad), common.autocast(torch.device("cpu"), True):
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.backends.cuda.flash_sdp_enabled() == (not grad)
+    assert torch.backends.cuda.flash_sdp_enabled() and not torch.is_autocast_enabled("cpu")
