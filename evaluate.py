@@ -1264,13 +1264,12 @@ def draw_bins(path, bins, number, title):
     """Means with 95 % intervals over distance, with the number of identities in each bin."""
     canvas, axes = pyplot().subplots(figsize=(6, 3.6), layout="constrained")
     center, mean, half = (np.array([b[key] for b in bins]) for key in ("center", "mean", "half"))
-    style = dict(fmt="ko-", capsize=4, linewidth=1, label="mean and 95 % interval over splits")
-    axes.errorbar(center, mean, np.nan_to_num(half), **style)
-    for b in bins:
-        place = dict(xytext=(6, 6), textcoords="offset points", fontsize=8)
-        axes.annotate(f"n = {b['n']}", (b["center"], b["mean"]), **place)
+    axes.errorbar(center, mean, np.nan_to_num(half), fmt="ko-", capsize=4, linewidth=1)
+    for b in bins:  # along the bottom, where no interval lies
+        place = dict(xycoords=axes.get_xaxis_transform(), ha="center", fontsize=8)
+        axes.annotate(f"n = {b['n']}", (b["center"], 0.02), **place)
+    axes.margins(x=0.08, y=0.15)  # room for these labels
     axes.axhline(0, color="0.6", linestyle="--", linewidth=1)
-    axes.margins(x=0.12)  # room for the last bin's label
     along = "retained identity's distance from the nearest forgotten one"
     upward = "mAP, unlearned less trained\n(percentage points)"
     if number == 4:
@@ -1278,8 +1277,7 @@ def draw_bins(path, bins, number, title):
         upward = "accuracy on $D_f$, unlearned less\nretrained (percentage points)"
     axes.set_xlabel(f"{along} (1: the split's median)", fontsize=9)
     axes.set_ylabel(upward)
-    axes.set_title(title, fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(f"{title}; mean and 95 % interval over splits", fontsize=8)
     save_figure(canvas, path)
 
 
