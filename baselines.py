@@ -948,7 +948,11 @@ def search(method: str, model, data, split, sets, args, problems=None, partial=N
 
     if not axes:
         return {}, {"chosen": {}, "search": [], "open": []}
-    return evaluate.search({flag: getattr(start, flag) for flag in axes}, distance, args, partial)
+    start = {flag: getattr(start, flag) for flag in axes}
+    most = {}
+    if "retain" in METHODS[method]["touches"]:  # an epoch is a pass over D_r
+        most = {"unlearn_epochs": max(1, round(evaluate.LONGEST * args.epochs))}
+    return evaluate.search(start, distance, args, partial, most)
 
 
 def simulated_sets(problem, sets) -> dict:

@@ -271,11 +271,11 @@ def search(start: dict, distance, args, partial=None, most=()) -> tuple[dict, di
     TRIES settings, or at moves of a sixteenth of a decade. Returns the best values, and a record:
     `chosen`, `search` (all that was tried) and `open`, flags whose best value is the largest or the
     smallest tried. partial: where tries are kept, so that --resume does not repeat them. most:
-    bounds {flag: value} beside those of epochs, which end at LONGEST.
+    bounds {flag: value}, for the start as well, beside those of epochs, which end at LONGEST.
     """
     about, known, tried, epochs = flags_of(args), [], [], round(LONGEST * args.epochs)
     ends = {k: max(start.get(k, 1), epochs) for k in ("unlearn_epochs", "ascent_epochs")}
-    most = ends | dict(most)
+    most, start = ends | dict(most), {k: min(v, dict(most).get(k, v)) for k, v in start.items()}
     if partial and args.resume and partial.is_file():
         saved = json.loads(partial.read_text())
         known = saved["tried"] if saved["about"] == json.loads(json.dumps(about)) else []

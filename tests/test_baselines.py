@@ -993,6 +993,22 @@ def test_search_reads_neither_test_set_nor_gold(trained):
             assert not set(trained_on) & read
 
 
+def test_search_of_a_method_that_reads_d_r_passes_over_it_a_fifth_as_often(trained, monkeypatch):
+    bounds = {}
+
+    def searched(start, distance, args, partial, most):
+        bounds[method] = dict(most)
+        return start, {}
+
+    monkeypatch.setattr(evaluate, "search", searched)
+    args, data, split, model = opened(trained["random"], "--search")
+    args.epochs = 7
+    for method in ("ft", "scrub", "pgu", "ga"):
+        B.search(method, model, data, split, B.sets_of(split, args), args)
+    once = {"unlearn_epochs": 1}
+    assert bounds == {"ft": once, "scrub": once, "pgu": {}, "ga": {}}
+
+
 def test_search_computes_a_stored_statistic_once_and_finds_the_same(trained, monkeypatch):
     monkeypatch.setattr(evaluate, "TRIES", 2)
     for protocol, run in trained.items():

@@ -473,6 +473,8 @@ def check_search(module, folder):
     assert best == {"unlearn_epochs": 1} and type(best["unlearn_epochs"]) is int
     best, record = search({"passes": 3.0}, lambda values: -values["passes"], most={"passes": 8.0})
     assert best == {"passes": 8.0} and record["open"] == []
+    best, _ = search({"passes": 9.0}, lambda values: -values["passes"], most={"passes": 8.0})
+    assert best == {"passes": 8.0}  # the start as well
     best, record = search({"mask_share": 0.5}, lambda values: abs(values["mask_share"] - 0.99))
     assert best["mask_share"] == pytest.approx(0.99, abs=0.003) and record["open"] == []
     # An interrupted search goes on, and not with the tries of other flags.
