@@ -1037,7 +1037,9 @@ def print_tables(args, header, runs):
 MEANING = {
     "SVC": "share of D_f that SalUn's confidence SVC (members: D_r) takes for non-members",
     "loss AUC": "chance that an image of D_f has a lower loss than a test image; never seen: 50",
-    "RMIA AUC": "the same, less how easy an image is for models that never saw it; never seen: 50",
+    "person AUC": "the same for S, pictures of these people that the original never saw: is the "
+    "person known beside the pictures? Methods that read S push it down themselves",
+    "RMIA AUC": "loss AUC less how easy an image is for models that never saw it; never seen: 50",
     "TPR 1 %": "share of D_f that RMIA finds when wrong on 1 % of the test set; never seen: 1",
     "TPR 0.1 %": "the same at 0.1 %, which takes a thousand test images to measure",
 }
@@ -1074,9 +1076,9 @@ def roc(members, others) -> tuple[float, dict]:
 def membership(sure: dict, references: list[dict]) -> dict:
     """All attacks on one model, in percent.
 
-    sure: confidences (n,) of retain, forget, val and test; references: those of models that were
-    trained on neither D_f nor the last two. The population z is the validation set, which no model
-    was trained on.
+    sure: confidences (n,) of retain, forget, val and test, and support where people are forgotten;
+    references: those of models that were trained on neither D_f nor the last two or three. The
+    population z is the validation set, which no model was trained on.
     """
     z, of = torch.stack([r["val"] for r in references]), {}
     for s in ("forget", "test"):
@@ -1086,6 +1088,8 @@ def membership(sure: dict, references: list[dict]) -> dict:
     loss_auc = roc(sure["forget"], sure["test"])[0]  # confidence is exp(-loss): the same order
     figures = {"SVC": svc, "loss AUC": loss_auc, "RMIA AUC": auc}
     figures |= {"TPR 1 %": at[0.01], "TPR 0.1 %": at[0.001]}
+    if "support" in sure:
+        figures["person AUC"] = roc(sure["support"], sure["test"])[0]
     return {name: 100 * value for name, value in figures.items()}
 
 
@@ -1128,7 +1132,7 @@ def attack(args, device):
 
     def sure_of(m):
         sure = {}
-        for s in ("retain", "forget", "val", "test"):
+        for s in {"retain", "forget", "val", "test", "support"} & set(split):
             sure[s] = confidence(predict(m, data, split[s], args.amp), data["targets"][split[s]])
         return sure
 
@@ -1158,15 +1162,16 @@ def print_attacks(header, runs, markdown=False, brief=False):
                 table.setdefault(name, []).append(values)
     if not table:
         fail("no attack is there; python evaluate.py --attack --dataset NAME makes one of a split")
-    lines = [["", *MEANING, "n"]]
+    columns = [c for c in MEANING if all(c in v for values in table.values() for v in values)]
+    lines = [["", *columns, "n"]]
     for name in sorted(table, key=lambda name: [*labels, *table].index(name)):
-        cells = [mean_std([values[c] for values in table[name]]) for c in MEANING]
+        cells = [mean_std([values[c] for values in table[name]]) for c in columns]
         lines.append([labels.get(name, name), *cells, str(len(table[name]))])
     title = f"membership inference, {header['title']}; members D_f, non-members D_te, percent"
     say(f"\n{title}\n{render(lines, markdown)}")
     say("\nThe goal is Retrained's figure in every column, neither more nor less.")
-    for name, meaning in MEANING.items():
-        say(f"  {name}: {meaning}")
+    for name in columns:
+        say(f"  {name}: {MEANING[name]}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -398,10 +398,11 @@ def test_what_a_model_remembers_of_six_drawn_people(small, monkeypatch):
 def check_attacks(module):
     """A gold model is at chance, the original is not; RMIA, which knows what is easy, sees more."""
     rng = np.random.default_rng(0)
-    easy = {s: rng.normal(0, 2, 2000) for s in ("retain", "forget", "val", "test")}
+    easy = {s: rng.normal(0, 2, 2000) for s in ("retain", "forget", "val", "test", "support")}
 
-    def made(*seen):  # a model that is surer of what it has seen
-        logits = {s: e + rng.normal(0, 0.5, 2000) + 3 * (s in seen) for s, e in easy.items()}
+    def made(*seen):  # a model that is surer of what it has seen, and a little of the same people
+        known = {s: 3.0 for s in seen} | {"support": 1.0 * ("forget" in seen)}
+        logits = {s: e + rng.normal(0, 0.5, 2000) + known.get(s, 0) for s, e in easy.items()}
         return {s: torch.from_numpy(z).sigmoid() for s, z in logits.items()}
 
     golds, original = [made("retain") for _ in range(3)], made("retain", "forget")
@@ -410,6 +411,9 @@ def check_attacks(module):
     assert gold["TPR 1 %"] < 3 and gold["TPR 0.1 %"] < 1 and seen["TPR 1 %"] > 5
     assert seen["loss AUC"] > 75 and seen["RMIA AUC"] > seen["loss AUC"] + 5
     assert seen["SVC"] < gold["SVC"] - 20
+    assert abs(gold["person AUC"] - 50) < 3 and 55 < seen["person AUC"] < 70
+    del golds[0]["support"]
+    assert "person AUC" not in module.membership(golds[0], golds[1:])
 
 
 def check_rmia_and_roc(module):
@@ -540,6 +544,7 @@ MUTANTS = {
     "judged by its own images": ("return sorted(order[number:])", "return sorted(order)"),
     "false positives too many": ("true[false <= level].max()", "true[false >= level].min()"),
     "members swapped": ('roc(of["forget"], of["test"])', 'roc(of["test"], of["forget"])'),
+    "pictures for people": ('roc(sure["support"], sure', 'roc(sure["forget"], sure'),
     "loss for confidence": ('roc(sure["forget"], sure', 'roc(1 - sure["forget"], 1 - sure'),
     "another split averaged in": ("if key == usual:", "if True:"),
     "control forgotten": ('(t["forget_lost"] - t["control_lost_mean"])', 't["forget_lost"]'),
@@ -742,7 +747,7 @@ def test_attack_on_every_checkpoint(run, capsys):
     sure, y = [], data["targets"]
     for args.seed in (None, 0, 1000, 2000):
         m = model if args.seed is None else T.train("gold", data, split, args)[0]
-        sets = ("retain", "forget", "val", "test")
+        sets = ("retain", "forget", "val", "test", "support")
         sure.append({s: common.confidence(D.predict(m, data, split[s]), y[split[s]]) for s in sets})
     assert found["original"] == pytest.approx(E.membership(sure[0], sure[1:]))
     assert found["gold"] == pytest.approx(E.membership(sure[1], sure[2:]))
