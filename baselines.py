@@ -59,7 +59,7 @@ from data import (
     targets_of,
 )
 from train import PRESETS as TRAINING_PRESETS
-from train import add_recipe_arguments, open_data, train, train_both
+from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 # Constants of the published code that no result of ours ever changed.
 DECAY = 5e-4  # weight decay of SGD while unlearning; SalUn
@@ -990,13 +990,16 @@ def ascent_step(model, data, split, args) -> tuple:
     """GA's one step on S, its size searched: the bar that a learned loss must clear.
 
     Returns the model after it, the step size, and the simulated problems by which it was chosen.
+    Its tries lie beside the model, so that --resume tries once for all runs of METAUNLEARN.
     """
     own = {flag: None for record in METHODS.values() for flag in record["flags"]}
     own |= {"rho": 1.0, "all_pictures": False, "search": False}
     own |= {"unlearn_batch_size": max(64, args.ids)}  # one step
-    own = argparse.Namespace(**vars(args) | own)
+    ours = vars(parse_args([]))  # the tries do not depend on flags of METAUNLEARN
+    own = argparse.Namespace(**{k: v for k, v in vars(args).items() if k in ours} | own)
+    tries = checkpoint_folder(args) / f"ascent-seed{args.seed}.tries"
     sets, problems = sets_of(split, own), evaluate.simulated_problems(model, data, split, args)
-    best, _ = search("ga", model, data, split, sets, own, problems)
+    best, _ = search("ga", model, data, split, sets, own, problems, tries)
     student = run("ga", model, data, sets, own_args("ga", own, **best))[0]
     return student, best["unlearn_lr"], problems
 

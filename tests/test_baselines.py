@@ -1048,6 +1048,12 @@ def test_the_ascent_step_is_chosen_by_simulated_tow(trained):
     assert tow[step] == max(tow.values()) and len(problems) == 3 and not student.training
     expected = ascended(split["support"], step).state_dict()
     assert all(torch.allclose(t, expected[k], atol=1e-5) for k, t in student.state_dict().items())
+    # A run of METAUNLEARN with other flags does not search again, if it may resume.
+    for args.resume in (True, False):
+        args.preset, args.eta = "another", 5.0
+        with patch.object(evaluate, "judge", side_effect=evaluate.judge) as judged:
+            assert B.ascent_step(model, data, split, args)[1] == step
+        assert (judged.call_count > 0) == (not args.resume)
 
 
 def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, monkeypatch):
