@@ -1077,8 +1077,8 @@ def membership(sure: dict, references: list[dict]) -> dict:
     """All attacks on one model, in percent.
 
     sure: confidences (n,) of retain, forget, val and test, and support where people are forgotten;
-    references: those of models that were trained on neither D_f nor the last two or three. The
-    population z is the validation set, which no model was trained on.
+    references: those of models that were trained on none of these but retain. The population z is
+    the validation set, which no model was trained on.
     """
     z, of = torch.stack([r["val"] for r in references]), {}
     for s in ("forget", "test"):
