@@ -2,7 +2,7 @@
 
 Usage:
     python evaluate.py --table ltu1                      # LTU's Table 1, from our digits-10.jsonl
-    python evaluate.py --table mu1 --results results/faces-small-10.jsonl
+    python evaluate.py --table mu1 --results results/faces-vit-20.jsonl --plot faces-vit.png
     python evaluate.py --table all --results runs/digits-*        # from folders of runs of your own
     python evaluate.py --pack mine.jsonl --results runs/digits-*  # append them to a packed file
     python evaluate.py --attack --dataset digits         # SVC, loss AUC and RMIA on all checkpoints
@@ -980,8 +980,35 @@ def paper_cell(paper: dict, label: str, kind: str) -> str:
     return f"{gap:.2f} ({' / '.join(f'{x:g}' for x in paper[label])})"
 
 
-def print_table(table: str, header: dict, runs: list, markdown=False, brief=False) -> bool:
-    """Print a table of runs, all of it or its five main columns; False where no run is a row."""
+def draw_table(path, table: dict, kind: str, title: str):
+    """Two columns of a table as dots, one a split, and their mean; dotted: the gold model's."""
+    size = dict(figsize=(9, 1.2 + 0.26 * len(table)), layout="constrained")
+    canvas, panels = pyplot().subplots(1, 2, sharey=True, **size)
+    main = "ToW (100: equal to gold)" if kind == "mu" else "average gap to gold (0: equal to it)"
+    lost = "score lost on $D_f$ less that lost by a control"
+    for axes, key, what in zip(panels, ("main", "lost"), (main, lost), strict=True):
+        for i, by_split in enumerate(table.values()):
+            values = [v[key] for v in by_split.values()]
+            axes.scatter(values, [i] * len(values), marker="o", s=14, color="0.6")
+            axes.scatter([np.mean(values)], [i], marker="D", s=34, color="black")
+            if i == 1:  # Retrained
+                axes.axvline(np.mean(values), color="0.3", linestyle=":", linewidth=1, zorder=0)
+        axes.grid(axis="y", color="0.92")
+        axes.set_axisbelow(True)
+        axes.set_xlabel(what, fontsize=9)
+    names = [f"{label} (n = {len(by_split)})" for label, by_split in table.items()]
+    panels[0].set_yticks(range(len(names)), names, fontsize=9)
+    panels[0].invert_yaxis()
+    canvas.suptitle(title, fontsize=10)
+    save_figure(canvas, path)
+    say(f"figure: {path}")
+
+
+def print_table(table: str, header: dict, runs: list, args) -> bool:
+    """Print a table, all of it or its five main columns, or draw it; False where no run is a row.
+
+    args: markdown, brief and plot, the file to draw it in.
+    """
     kind, rows = re.match("mu|ltu", table)[0], TABLES[table]
     found, skipped = collect(rows, runs)
     for reason in skipped:
@@ -990,8 +1017,9 @@ def print_table(table: str, header: dict, runs: list, markdown=False, brief=Fals
         return False
     paper = paper_numbers(table, header["paper"])
     reference = "METAUNLEARN" if kind == "mu" else "LTU"
-    lines = table_lines(rows_of(found, kind), kind, paper, reference)
-    if brief:
+    values = rows_of(found, kind)
+    lines = table_lines(values, kind, paper, reference)
+    if args.brief:
         main = "ToW" if kind == "mu" else "average gap"
         papers = [f"paper's {main}"] if paper else []
         wanted = ["", main, "less Trained", "D_f less control", *papers, "UT, s (passes)", "n"]
@@ -1000,7 +1028,9 @@ def print_table(table: str, header: dict, runs: list, markdown=False, brief=Fals
         for line in lines[1:] if paper else ():
             line[-3] = line[-3].split(" (")[0]  # without the scores behind it
     title = f"{table}, {header['title']}" + (f"; paper: {header['paper']}" if paper else "")
-    say(f"\n{title}\n{render(lines, markdown)}")
+    say(f"\n{title}\n{render(lines, args.markdown)}")
+    if args.plot:
+        draw_table(args.plot, values, kind, header["title"])
     absent = [label for label in rows if label not in found]
     if absent:
         say(f"no run of {', '.join(absent)}")
@@ -1018,7 +1048,7 @@ def print_tables(args, header, runs):
         own = names & set(rows.values()) - compared_with
         wanted = args.table == "all" and table.startswith(kind) and own
         if table == args.table or wanted:
-            shown |= print_table(table, header, runs, args.markdown, args.brief)
+            shown |= print_table(table, header, runs, args)
     if not shown:
         fail(f"no run of --table {args.table} is there, but runs of {', '.join(sorted(names))}")
     what = "ToW: more is better"
@@ -1332,6 +1362,7 @@ def parse_args(argv=None):
         help="packed files, or folders of run files; left out: ours of toyfaces or digits")
     add("--markdown", action="store_true", help="print tables as Markdown")
     add("--brief", action="store_true", help="five columns; of the attacks Table 1's rows")
+    add("--plot", metavar="FILE.png", help="also draw the one table that is printed")
     add = parser.add_argument_group("attack and figures").add_argument
     add("--references", type=common.count, default=2, help="gold models beside the first for RMIA")
     add("--rows", nargs="+", default=["metaunlearn-selective", "ga", "ssd"],
@@ -1344,10 +1375,12 @@ def parse_args(argv=None):
     args = common.parse_with_presets(parser, PRESETS, argv)
     if args.figure and args.forget != "identities":
         fail(f"--figure {args.figure} is about identities; this is --forget {args.forget}")
-    of_tables = {"--table", "--pack", "--results", "--markdown", "--brief"}
+    of_tables = {"--table", "--pack", "--results", "--markdown", "--brief", "--plot"}
     typed = sorted(word for word in args.given - of_tables if word.startswith("--"))
     if (args.table or args.pack) and typed:
         fail(f"{typed[0]} does nothing here: what is read are the runs of --results")
+    if args.plot and args.table in (None, "all", "attack"):
+        fail("--plot draws one table; give --table and its name, mu1 or ltu1")
     if args.pack and not args.results:
         fail("--pack needs --results, the runs to append")
     ours = "digits-10" if (args.table or "").startswith("ltu") else "toyfaces"
@@ -1364,6 +1397,8 @@ def main(argv=None):
     if args.pack:
         common.check_writable(pathlib.Path(args.pack).parent)
         return pack(args.results, pathlib.Path(args.pack))
+    if args.plot:
+        common.check_writable(pathlib.Path(args.plot).parent)
     header, runs = read_results(args.results)
     if args.table == "attack":
         return print_attacks(header, runs, args.markdown, args.brief)

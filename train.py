@@ -70,6 +70,7 @@ PRESETS = {name: DATA_PRESETS[name] | recipe for name, recipe in _RECIPES.items(
 # The flags on which a trained model depends: saved in its checkpoint, and checked on loading.
 RECIPE = ("model", "init", "image_size", "epochs", "optimizer", "lr", "momentum", "weight_decay")
 RECIPE += ("warmup_epochs", "crop_scale", "batch_size", "amp", "schedule", "augment", "keep")
+RECIPE += ("plain_epochs",)
 
 
 def add_recipe_arguments(parser):
@@ -91,6 +92,8 @@ def add_recipe_arguments(parser):
         help="cosine to 0, or a tenth at 1/2 and 3/4 (SalUn)")
     add("--augment", choices=("resized-crop", "pad-crop", "none"), default="resized-crop",
         help="with flips; paper: resized-crop, SalUn: pad-crop")
+    add("--plain-epochs", type=common.whole, default=0,
+        help="so many last epochs without --augment, to fit the images as they are; papers: 0")
     add("--keep", choices=("best", "last"), default="best", help="papers: best by validation")
     add("--batch-size", type=common.count, default=64,
         help="images a step, over all processes; authors' code: 32")
@@ -216,8 +219,9 @@ def train_epoch(model, optimizer, data, chosen, epoch: int, seed: int, args) -> 
     model.train()
     for step in range(taken):
         batch = order[step * args.batch_size : (step + 1) * args.batch_size]
-        drawn = draw_augmentation(len(batch), args, rng)[rank::world]
-        own = batch[rank::world]
+        drawn, own = draw_augmentation(len(batch), args, rng)[rank::world], batch[rank::world]
+        if epoch >= args.epochs - args.plain_epochs:
+            drawn = drawn.new_zeros(len(own), 0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch * steps + step, steps, args)
         # Outside autocast, which would round a crop's grid to bf16.

@@ -91,6 +91,29 @@ def spread(values) -> str:
 # Statistics and tables
 
 
+def test_a_drawn_table_shows_every_split(faces, monkeypatch, capsys):
+    """One dot a split, at what the raw rows say; their mean; dotted, gold's."""
+    kept = []
+    monkeypatch.setattr(E, "save_figure", lambda canvas, path: kept.append(canvas))
+    printed(capsys, faces, "mu1", "--plot", str(faces / "new" / "mu1.png"))
+    tow, lost = kept[0].axes
+    labels = [text.get_text().split(" (n")[0] for text in tow.get_yticklabels()]
+    drawn = {}
+    for which, axes in (("tow", tow), ("lost", lost)):
+        for group in axes.collections:
+            for x, row in group.get_offsets().tolist():
+                drawn.setdefault((which, labels[int(row)]), []).append(x)
+    for label, runs in (("GA", GA), ("METAUNLEARN", META)):
+        gaps = [[1 - abs(a - b) / 100 for a, b in zip(run, GOLD, strict=True)][:3] for run in runs]
+        wanted = [100 * np.prod(g) for g in gaps]
+        assert np.allclose(drawn["tow", label], [*wanted, np.mean(wanted)])
+        wanted = [(ORIGINAL[1] - run[1]) - (ORIGINAL[0] - run[0]) for run in runs]
+        assert np.allclose(drawn["lost", label], [*wanted, np.mean(wanted)])
+    assert np.allclose(tow.lines[0].get_xdata(), 100)
+    gold = (ORIGINAL[1] - GOLD[1]) - (ORIGINAL[0] - GOLD[0])
+    assert np.allclose(lost.lines[0].get_xdata(), gold)
+
+
 def test_interval_and_verdict_are_students():
     """Within noise exactly where scipy's paired t-test has p > 0.05; the sign says which way."""
     rng, seen, opposite = np.random.default_rng(0), set(), {"better": "worse", "worse": "better"}
@@ -844,7 +867,8 @@ MISTAKES = {
     "--table mu3 --results x": "no run of --table mu3", "--table ltu1 --results x": "--table ltu1",
     "--table attack --results x": "no attack is there",
     "--table ltu1 --dataset cifar10": "--dataset does nothing here",
-    "--pack mine.jsonl": "--pack needs --results",
+    "--pack mine.jsonl": "--pack needs --results", "--table all --plot x.png": "draws one table",
+    "--figure 4 --plot x.png": "draws one table",
     "--pack bad.jsonl --results x": "bad.jsonl is no packed file",
     "--pack x/ga-seed0.json/p.jsonl --results x": "cannot write",
 }

@@ -308,6 +308,21 @@ def test_keep_chooses_the_epoch(tmp_path, monkeypatch, keep):
     assert all(torch.equal(t, wanted[k]) for k, t in model.state_dict().items())
 
 
+def test_the_last_epochs_show_the_images_as_they_are(tmp_path, monkeypatch):
+    """--plain-epochs 2 of 3: the first epoch is cropped, and what comes after is not."""
+    seen, data, s, args = [], *digits(tmp_path, "--epochs", "3", "--augment", "pad-crop")
+    args.plain_epochs = 2
+
+    def recording(images, drawn):
+        seen.append(torch.equal(D.augment(images, drawn), images))
+        return D.augment(images, drawn)
+
+    monkeypatch.setattr(T, "augment", recording)
+    T.train("original", data, s, args)
+    steps = len(seen) // 3
+    assert seen == [False] * steps + [True] * 2 * steps
+
+
 def test_gold_never_sees_the_forget_set(tmp_path):
     data, s, args = digits(tmp_path, "--epochs", "1")
     for which, parts in (("gold", ("retain", "val")), ("original", ("retain", "forget", "val"))):
