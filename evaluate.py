@@ -999,7 +999,7 @@ def draw_table(path, table: dict, kind: str, title: str):
     names = [f"{label} (n = {len(by_split)})" for label, by_split in table.items()]
     panels[0].set_yticks(range(len(names)), names, fontsize=9)
     panels[0].invert_yaxis()
-    canvas.suptitle(title, fontsize=10)
+    canvas.suptitle(f"{title}; dot: a split, diamond: mean, dotted line: gold", fontsize=10)
     save_figure(canvas, path)
     say(f"figure: {path}")
 

@@ -16,10 +16,12 @@ python baselines.py $zero --search --method ga jit ssd pgu influence
 python baselines.py $zero --search --all-pictures --name all-pictures --method influence
 python baselines.py $zero --method retrain
 # Searched in 54 outer steps on few images, then the authors' 558 steps with what was found.
-few="--meta-epochs 6 --forget-images 32 --val-images 32 --retain-images 32"
-python metaunlearn.py $zero --search --name search --preset selective $few
-full="--meta-epochs 62 --forget-images 64 --val-images 64 --retain-images 64"
-python metaunlearn.py $zero --preset selective $full --eta 1.0 --alpha 0.0001
+few="--meta-epochs 6 --forget-images 32 --val-images 32"
+full="--meta-epochs 62 --forget-images 64 --val-images 64"
+python metaunlearn.py $zero --search --name search --preset selective $few --retain-images 32
+python metaunlearn.py $zero --preset selective $full --retain-images 64 --eta 1.0 --alpha 0.0001
+python metaunlearn.py $zero --search --name search --preset paper $few
+python metaunlearn.py $zero --preset paper $full --eta 1.0 --alpha 0.0001
 python evaluate.py --attack $zero --references 1
 for k in 1 2; do
   own="$vit --split-seed $k"
@@ -31,3 +33,4 @@ for k in 1 2; do
   python baselines.py $own --method pgu --unlearn-lr 1.78 --pgu-gamma 0.835 --unlearn-epochs 5
 done
 python evaluate.py --pack results/faces-vit-20.jsonl --results runs/faces-vit/celebahq-ids20-split*
+python evaluate.py --table mu1 --results results/faces-vit-20.jsonl --plot results/faces-vit.png
