@@ -1381,6 +1381,8 @@ def parse_args(argv=None):
         fail(f"{typed[0]} does nothing here: what is read are the runs of --results")
     if args.plot and args.table in (None, "all", "attack"):
         fail("--plot draws one table; give --table and its name, mu1 or ltu1")
+    if args.plot and pathlib.Path(args.plot).is_dir():
+        fail(f"--plot {args.plot} is a folder; name a file")
     if args.pack and not args.results:
         fail("--pack needs --results, the runs to append")
     ours = "digits-10" if (args.table or "").startswith("ltu") else "toyfaces"

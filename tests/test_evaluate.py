@@ -868,7 +868,7 @@ MISTAKES = {
     "--table attack --results x": "no attack is there",
     "--table ltu1 --dataset cifar10": "--dataset does nothing here",
     "--pack mine.jsonl": "--pack needs --results", "--table all --plot x.png": "draws one table",
-    "--figure 4 --plot x.png": "draws one table",
+    "--figure 4 --plot x.png": "draws one table", "--table mu1 --plot empty": "is a folder",
     "--pack bad.jsonl --results x": "bad.jsonl is no packed file",
     "--pack x/ga-seed0.json/p.jsonl --results x": "cannot write",
 }
