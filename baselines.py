@@ -78,7 +78,7 @@ def batches(indices: Tensor, size: int, rng: torch.Generator):
 
 
 def images_of(data, indices, args, rng) -> Tensor:
-    """Training view of the images: augmented as the model was trained, (B, 3, H, W)."""
+    """Training view of the images, (B, 3, H, W): by --augment, --plain-epochs or not."""
     return augment(raw_batch(data, indices), draw_augmentation(len(indices), args, rng))
 
 

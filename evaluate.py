@@ -987,11 +987,11 @@ def draw_table(path, table: dict, kind: str, title: str):
     main = "ToW (100: equal to gold)" if kind == "mu" else "average gap to gold (0: equal to it)"
     lost = "score lost on $D_f$ less that lost by a control"
     for axes, key, what in zip(panels, ("main", "lost"), (main, lost), strict=True):
-        for i, by_split in enumerate(table.values()):
+        for i, (label, by_split) in enumerate(table.items()):
             values = [v[key] for v in by_split.values()]
             axes.scatter(values, [i] * len(values), marker="o", s=14, color="0.6")
             axes.scatter([np.mean(values)], [i], marker="D", s=34, color="black")
-            if i == 1:  # Retrained
+            if label == "Retrained":
                 axes.axvline(np.mean(values), color="0.3", linestyle=":", linewidth=1, zorder=0)
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)
@@ -1005,9 +1005,9 @@ def draw_table(path, table: dict, kind: str, title: str):
 
 
 def print_table(table: str, header: dict, runs: list, args) -> bool:
-    """Print a table, all of it or its five main columns, or draw it; False where no run is a row.
+    """Print a table, all of it or its five main columns; False where no run is a row.
 
-    args: markdown, brief and plot, the file to draw it in.
+    args: markdown, brief, and plot, a file in which it is drawn as well.
     """
     kind, rows = re.match("mu|ltu", table)[0], TABLES[table]
     found, skipped = collect(rows, runs)

@@ -3,6 +3,7 @@
 python -m pytest tests/test_random_protocol.py
 """
 
+import argparse
 import itertools
 
 import numpy as np
@@ -321,6 +322,13 @@ def test_the_last_epochs_show_the_images_as_they_are(tmp_path, monkeypatch):
     T.train("original", data, s, args)
     steps = len(seen) // 3
     assert seen == [False] * steps + [True] * 2 * steps
+
+
+def test_a_checkpoint_holds_every_flag_of_its_recipe():
+    """Else a model that another recipe made would be taken for this one's."""
+    parser = argparse.ArgumentParser()
+    T.add_recipe_arguments(parser)
+    assert set(T.RECIPE) == {a.dest for a in parser._actions} - {"help"} | {"image_size", "amp"}
 
 
 def test_gold_never_sees_the_forget_set(tmp_path):
