@@ -938,13 +938,14 @@ def search(method: str, model, data, split, sets, args, problems=None, partial=N
     axes = [flag for flag in METHODS[method]["search"] if getattr(args, flag) is None]
     if problems is None and args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
+    judged = (problems, model, data, split, sets["judges"].tolist(), args)
 
     def distance(values) -> float:
         def unlearn(problem=None):
             own = simulated_sets(problem, sets) if problem else sets
             return run(method, model, data, own, own_args(method, args, **values))[0]
 
-        return evaluate.judge(unlearn, problems, model, data, split, sets["judges"].tolist(), args)
+        return evaluate.judge(unlearn, *judged)
 
     if not axes:
         return {}, {"chosen": {}, "search": [], "open": []}
@@ -952,7 +953,8 @@ def search(method: str, model, data, split, sets, args, problems=None, partial=N
     most = {}
     if "retain" in METHODS[method]["touches"]:  # an epoch is a pass over D_r
         most = {"unlearn_epochs": max(1, round(evaluate.LONGEST * args.epochs))}
-    return evaluate.search(start, distance, args, partial, most)
+    nothing = evaluate.judge(lambda problem=None: model, *judged)
+    return evaluate.search(start, distance, nothing, args, partial, most)
 
 
 def simulated_sets(problem, sets) -> dict:

@@ -261,17 +261,18 @@ SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are mov
 LONGEST = 0.2  # passes over D over those of training: more would be no cheaper than to retrain
 
 
-def search(start: dict, distance, args, partial=None, most=()) -> tuple[dict, dict]:
+def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple[dict, dict]:
     """Choose flags by pattern search (Hooke and Jeeves 1961): the one rule for every method.
 
     start: {flag: value}, the step size first. distance(values) says how far a setting is from the
-    goal. One flag at a time is moved half a decade up or down; where that is better it is moved on,
-    so that no range has an edge. Where no move is better, moves become half as long. A step size
-    also grows where nothing changes, for there it is too small to do anything. It ends after
-    TRIES settings, or at moves of a sixteenth of a decade. Returns the best values, and a record:
-    `chosen`, `search` (all that was tried) and `open`, flags whose best value is the largest or the
-    smallest tried. partial: where tries are kept, so that --resume does not repeat them. most:
-    bounds {flag: value}, for the start as well, beside those of epochs, which end at LONGEST.
+    goal, nothing how far the original model is. One flag at a time is moved half a decade up or
+    down; where that is better it is moved on, so that no range has an edge. Where no move is
+    better, moves become half as long. A step size also grows where nothing changes, for there it is
+    too small to do anything. It ends after TRIES settings, or at moves of a sixteenth of a decade.
+    Returns the best values, and a record: `chosen`, `search` (all that was tried), `nothing` and
+    `open`, flags whose best value is the largest or the smallest tried. partial: where tries are
+    kept, so that --resume does not repeat them. most: bounds {flag: value}, for the start as well,
+    beside those of epochs, which end at LONGEST.
     """
     about, known, tried, epochs = flags_of(args), [], [], round(LONGEST * args.epochs)
     ends = {k: max(start.get(k, 1), epochs) for k in ("unlearn_epochs", "ascent_epochs")}
@@ -318,7 +319,9 @@ def search(start: dict, distance, args, partial=None, most=()) -> tuple[dict, di
         bound = value == most.get(flag) or (isinstance(value, int) and value == 1)
         if value in (min(others), max(others)) and not bound:
             open_ends.append(flag)
-    return best, {"chosen": best, "search": tried, "open": open_ends}
+    if least >= nothing:
+        say(f"no setting tried beats the original model as it is (distance {100 * nothing:.2f})")
+    return best, {"chosen": best, "search": tried, "nothing": nothing, "open": open_ends}
 
 
 def moved(flag: str, start, sixteenths: int, most: float):
@@ -917,6 +920,7 @@ def rows_of(found: dict, kind: str) -> dict:
                 "passes": run.get("passes"),
                 "search": run.get("search"),
                 "open": run.get("open"),
+                "nothing": run.get("nothing"),
             }
             own["touches"] = ", ".join(run["access"]["unlearning"])
             table.setdefault(label, {})[k] = own
@@ -952,14 +956,19 @@ def table_lines(table: dict, kind: str, paper: dict, reference: str) -> list[lis
 
 
 def searched_cell(values: list[dict]) -> str:
-    """How many settings were tried, and in how many runs the best is the last one of a flag."""
+    """How many settings were tried, and how often the best is an end or beats no original model."""
     if "touches" not in values[0]:
         return ""
     if not all(v["search"] for v in values):
         return "not searched"
     tried = round(np.mean([len(v["search"]) for v in values]))
-    at_an_end = sum(bool(v["open"]) for v in values)
-    return f"{tried}" + (f" (at an end: {at_an_end} of {len(values)})" if at_an_end else "")
+    at_an_end, in_vain = sum(bool(v["open"]) for v in values), 0
+    for v in values:
+        found = [t["distance"] for t in v["search"] if t["distance"] is not None]
+        in_vain += v["nothing"] is not None and min(found, default=math.inf) >= v["nothing"]
+    counts = {"at an end": at_an_end, "in vain": in_vain}
+    said = [f"{what}: {count} of {len(values)}" for what, count in counts.items() if count]
+    return f"{tried}" + (f" ({', '.join(said)})" if said else "")
 
 
 def cost_cell(values: list[dict]) -> str:
@@ -1057,8 +1066,8 @@ def print_tables(args, header, runs):
     half = "differences paired by split ± half of their 95 % interval"
     say(f"\nMean ± standard deviation; {half}. {what}.")
     say("D_f less control: score lost on D_f, less that lost by a control out of D_r.")
-    say("tried: settings in a search. UT: seconds of unlearning, the search left out.")
-    say("passes: images read over |D|.")
+    say("tried: settings in a search; in vain: the best was no better than the original model.")
+    say("UT: seconds of unlearning, the search left out. passes: images read over |D|.")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -551,6 +551,7 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
     problems = None
     if args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
+    judged = (problems, model, data, split, judges, args)
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values)
@@ -562,7 +563,7 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
                 others = evaluate.left_of(at_hand + split["forget"], problem)
             return unlearn(model, data, request, others, attacks, own)[0]
 
-        return evaluate.judge(unlearned, problems, model, data, split, judges, args)
+        return evaluate.judge(unlearned, *judged)
 
     # An iteration reads S and N query sets.
     D = len(split["retain"]) + len(split["forget"])
@@ -570,7 +571,9 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
     start = {flag: float(getattr(args, flag)) for flag in args.search}
     if "passes" in start:
         start["passes"] = min(start["passes"], float(f"{most:.3g}"))
-    return evaluate.search(start, distance, args, partial, {"passes": float(f"{most:.3g}")})
+    nothing = evaluate.judge(lambda problem=None: model, *judged)
+    most = {"passes": float(f"{most:.3g}")}
+    return evaluate.search(start, distance, nothing, args, partial, most)
 
 
 def take_from(run: str, args):

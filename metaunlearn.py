@@ -559,16 +559,17 @@ def simulated_unlearning(h_phi, model, data, split, args):
 
 def search(model, data, split, args, fisher=None, partial=None) -> tuple[dict, dict]:
     """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
-    problems = evaluate.simulated_problems(model, data, split, args)
+    judged = (evaluate.simulated_problems(model, data, split, args), model, data, split, None, args)
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values | {"resume": False})
         h_phi, _ = meta_train(model, data, split, own, fisher)
         unlearned = simulated_unlearning(h_phi, model, data, split, own)
-        return evaluate.judge(unlearned, problems, model, data, split, None, args)
+        return evaluate.judge(unlearned, *judged)
 
     start = {flag: getattr(args, flag) for flag in args.search}
-    return evaluate.search(start, distance, args, partial)
+    nothing = evaluate.judge(lambda problem: model, *judged)
+    return evaluate.search(start, distance, nothing, args, partial)
 
 
 # --------------------------------------------------------------------------------------------------

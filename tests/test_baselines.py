@@ -996,8 +996,10 @@ def test_search_reads_neither_test_set_nor_gold(trained):
 def test_search_of_a_method_that_reads_d_r_passes_over_it_a_fifth_as_often(trained, monkeypatch):
     bounds = {}
 
-    def searched(start, distance, args, partial, most):
+    def searched(start, distance, nothing, args, partial, most):
         bounds[method] = dict(most)
+        judges = B.sets_of(split, args)["judges"].tolist()
+        assert nothing == evaluate.validation_gap(model, model, data, split, judges, args)["mean"]
         return start, {}
 
     monkeypatch.setattr(evaluate, "search", searched)

@@ -6,6 +6,7 @@ python -m pytest tests/test_evaluate.py
 import copy
 import csv
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -61,7 +62,8 @@ def write(folder, name, k, unlearned, forget="identities", original=ORIGINAL, **
 def faces(tmp_path):
     searched = dict(search=[{"lr": 1.0, "distance": 0.5}] * 2, passes=0.2, retrain_passes=27.0)
     for k in range(3):
-        write(tmp_path, "ga", k, GA[k], open=["lr"] * (k == 1), **searched)
+        nothing = [0.6, 0.5, None][k]  # a run from before it was kept has none
+        write(tmp_path, "ga", k, GA[k], open=["lr"] * (k == 1), nothing=nothing, **searched)
         write(tmp_path, "metaunlearn-paper", k, META[k])
     return tmp_path
 
@@ -177,19 +179,19 @@ GOLDEN = """
 mu1, x, y
                     D_r         D_f        D_te          ToW               less Trained  \
    less METAUNLEARN  D_f less control  paper's ToW\
-  touches                  tried  UT, s (passes)  n
+  touches                                   tried  UT, s (passes)  n
 Trained      98.0 ± 0.0  97.0 ± 0.0  80.0 ± 0.0   85.4 ± 0.0                             \
                             0.0 ± 0.0             \
-                                                  3
+                                                                   3
 Retrained    96.0 ± 0.0  85.0 ± 0.0  81.0 ± 0.0  100.0 ± 0.0                             \
                            10.0 ± 0.0             \
-                                     99.0 (27.0)  3
+                                                      99.0 (27.0)  3
 GA           95.0 ± 1.0  89.7 ± 1.5  79.0 ± 1.0   92.5 ± 1.5        +7.1 ± 3.7 (better)  \
 +3.3 ± 3.0 (better)         4.3 ± 0.6             \
-  support  2 (at an end: 1 of 3)       1.5 (0.2)  3
+  support  2 (at an end: 1 of 3, in vain: 1 of 3)       1.5 (0.2)  3
 METAUNLEARN  97.0 ± 0.5  93.7 ± 2.1  79.7 ± 0.6   89.2 ± 2.1  +3.8 ± 5.3 (within noise)  \
                             2.3 ± 2.6             \
-  support           not searched             1.5  3
+  support                            not searched             1.5  3
 """
 
 
@@ -464,13 +466,13 @@ def check_rmia_and_roc(module):
         assert at[level] == (members > allowed).mean() == true[false <= level].max()
 
 
-def check_search(module, folder):
+def check_search(module, folder, capsys):
     """No range has an edge; a step too small to matter grows; ends are told; tries are kept."""
     args, partial = T.parse_args(["--epochs", "40", "--resume"]), folder / "ga.tries"
     args.out = str(folder)
 
-    def search(start, distance, **more):
-        best, record = module.search(start, distance, args, **more)
+    def search(start, distance, nothing=math.inf, **more):
+        best, record = module.search(start, distance, nothing, args, **more)
         assert 0 < len(record["search"]) <= module.TRIES == 12 and record["chosen"] == best
         return best, record
 
@@ -479,6 +481,10 @@ def check_search(module, folder):
 
     best, record = search({"lr": 0.01, "b": 1.0}, far)
     assert far(best) < 0.1 and record["open"] == []
+    for nothing, in_vain in ((far(best), True), (1.01 * far(best), False)):
+        _, record = search({"lr": 0.01, "b": 1.0}, far, nothing)
+        assert record["nothing"] == nothing
+        assert ("no setting tried beats" in capsys.readouterr().out) == in_vain
     best, _ = search({"lr": 1.0}, lambda values: abs(np.log10(values["lr"]) - 0.2))
     assert abs(np.log10(best["lr"]) - 0.2) < 0.04  # moves become short
     best, record = search({"lr": 0.01}, lambda values: 1 / values["lr"])
@@ -536,7 +542,7 @@ def check_hold_out(module):
 
 def checks(module, faces, capsys):
     """All that a broken copy must fail."""
-    check_search(module, faces)
+    check_search(module, faces, capsys)
     check_hold_out(module)
     write(faces, "ssd", 0, [50.0] * 4, split_hash="bbbb")
     out = printed(capsys, faces, module=module)
@@ -559,6 +565,8 @@ MUTANTS = {
     "RMIA with ties": ("share + 1e-9 *", "share + 0 *"),
     "search with an edge": ("            while better:", "            if better:"),
     "search stuck at a no-op": ("(up and found == least < math.inf)", "False"),
+    "in vain, not told": ("if least >= nothing", "if least > nothing"),
+    "in vain, not counted": ('>= v["nothing"]', '> v["nothing"]'),
     "search of one length": ("length // 2\n    best, open_ends", "0\n    best, open_ends"),
     "search without end": ("len(tried) < TRIES:\n            own", "True:\n            own"),
     "tries of other flags": ('if saved["about"] == json.loads(json.dumps(about)) else []', ""),

@@ -741,6 +741,8 @@ def test_search_hands_out_the_model_that_was_judged_and_like_takes_its_choice(
     models = [common.load_model(name)[0] for name in (path, originals)]
     got = E.validation_gap(*models, data, split, judges, args)["mean"]
     assert best["distance"] == pytest.approx(got, abs=1e-5)
+    same = E.validation_gap(models[1], models[1], data, split, judges, args)
+    assert found["nothing"] == same["mean"]
     alike = L.main([*flags, "alike", "--like", "ltu-found"])
     assert alike["metrics"] == found["metrics"] and "chosen" not in alike
     twice = L.main([*flags, "twice", "--like", "ltu-found", "--combine", "iterative"])

@@ -514,6 +514,8 @@ def test_search_reads_neither_test_nor_support_and_its_choice_is_used(copied, ca
     assert {"eta": meta["eta"], "alpha": meta["alpha"]} == result["chosen"]
     best = min(result["search"], key=lambda tried: tried["distance"])
     assert best == result["chosen"] | {"distance": 1 - result["simulated_tow"]}
+    none = M.main([*copied, "--eta", "1e-12", "--name", "no-step"])  # the model as it was
+    assert result["nothing"] == pytest.approx(1 - none["simulated_tow"], abs=1e-6)
     refused(capsys, "drop one of them", M.parse_args, ["--search", "--meta-loss", "x"])
 
 
