@@ -311,12 +311,12 @@ def request_sets(split: dict, support, forget, args, rng) -> list[dict]:
     of 64 images.
     """
     code, sets = args.preset == "code", []
+    everyone = split["retain"] + split["forget"]
+    others = np.setdiff1d(everyone, np.concatenate([support, forget]))  # before D_f shrinks
     if 0 < args.forget_images < len(forget):
         forget = rng.choice(forget, args.forget_images, replace=False)
     size = PAIR if code else len(forget)
     many = PAIR if code else args.val_images or len(split["val"])
-    everyone = split["retain"] + split["forget"]
-    others = np.setdiff1d(everyone, np.concatenate([support, forget]))
     for start in range(0, len(forget), size):
         own = forget[start : start + size]
         v = rng.choice(split["val"], min(many, len(split["val"])), replace=False)

@@ -368,6 +368,9 @@ def test_request_sets(small):
     assert {*drawn} < {*few.forget} and {*drawn} != {*few.forget[:7]}  # random ones
     assert [part["weight"] for part in few.sets] == [5 / 7, 2 / 7]
     assert len(problem(small, "--forget-images", "10").sets[0]["f"]) == 9  # all there are
+    few = problem(small, "--retain-weight", "1", "--retain-images", "999", "--forget-images", "2")
+    training = {*few.split["retain"], *few.split["forget"]}  # and no image of D_f that is not drawn
+    assert {*few.sets[0]["r"]} == training - {*few.forget} - {*few.support}
 
 
 def test_a_meta_loss_remembers_every_flag_that_makes_it_another():
