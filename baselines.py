@@ -27,7 +27,6 @@ import math
 import pathlib
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ from data import (
 from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
-# Constants of the published code that no result of ours ever changed.
+# Constants of the published code that no result of ours ever changed; the last two are ours.
 DECAY = 5e-4  # weight decay of SGD while unlearning; SalUn
 FISHER_CAP = 1e3  # Fisher: largest 1 / F; its code
 SCRUB_ALPHA, SCRUB_GAMMA = 0.001, 0.99  # SCRUB: weights of KL and of the task loss on D_r; its code
@@ -78,7 +77,7 @@ def batches(indices: Tensor, size: int, rng: torch.Generator):
 
 
 def images_of(data, indices, args, rng) -> Tensor:
-    """Training view of the images, (B, 3, H, W): by --augment, --plain-epochs or not."""
+    """Images as --augment changes them, also with --plain-epochs: (B, 3, H, W)."""
     return augment(raw_batch(data, indices), draw_augmentation(len(indices), args, rng))
 
 
@@ -88,7 +87,7 @@ def logits_of(model, images, args) -> Tensor:
 
 
 def loss_of(model, data, batch, args, rng=None, labels=None) -> Tensor:
-    """L_task averaged over a batch; with rng of its training view; labels: in place of its own."""
+    """Mean L_task of a batch; rng: augment its images; labels: take these, not the true ones."""
     images = raw_batch(data, batch) if rng is None else images_of(data, batch, args, rng)
     labels = targets_of(data, batch) if labels is None else labels
     return task_losses(logits_of(model, images, args), labels).mean()
@@ -230,7 +229,7 @@ def fisher(student, data, have, args, rng):
     with torch.no_grad():
         for name, p in student.named_parameters():
             inverse = (1 / (F_diagonal[name] + 1e-8)).clamp(max=FISHER_CAP)
-            variance = args.fisher_alpha * inverse  # Fisher Eq. (8)
+            variance = args.fisher_alpha * inverse  # Fisher Eq. (8), with 1 / F as above
             noise = torch.randn(p.shape, generator=rng).to(p)
             p += variance.sqrt().to(p) * noise
 
@@ -325,9 +324,9 @@ def salun(student, data, have, args, rng):
     """SalUn: RandL on those weights alone to which D_f's loss is most sensitive.
 
     Source: Fan et al. 2024, Eq. (3), (4). Mask: the --mask-share of all weights, ranked globally,
-    with the largest |gradient of D_f's loss|. Masking gradients is not enough: momentum and weight
-    decay still move "frozen" weights (fixed upstream in 2026, after all published figures). Ours
-    puts them back after each step.
+    with the largest |gradient of D_f's loss|, summed over augmented batches as in their code.
+    Masking gradients is not enough: momentum and weight decay still move "frozen" weights (fixed
+    upstream in 2026, after all published figures). Ours puts them back after each step.
     """
     total = [torch.zeros_like(p) for p in student.parameters()]
     for batch in have["forget"].split(args.unlearn_batch_size):
@@ -392,7 +391,7 @@ def pgu(student, data, have, args, rng):
             logits = logits_of(student, raw_batch(data, batch), args)
             loss = reversed_loss(logits, targets_of(data, batch))
             g = torch.autograd.grad(loss, list(weights.values()))
-            lr = args.unlearn_lr * 0.5 * (1 + np.cos(np.pi * epoch / len(epochs(args))))
+            lr = args.unlearn_lr * 0.5 * (1 + math.cos(math.pi * epoch / len(epochs(args))))
             with torch.no_grad():
                 for (name, w), d in zip(weights.items(), g, strict=True):
                     d = d.flatten(1)  # (outputs, patch)
@@ -454,11 +453,11 @@ def core_spaces(spectra: dict, gamma: float) -> dict:
 def jit(student, data, have, args, rng):
     """JiT: make f flat around D_f, with no labels and no other data.
 
-    Source: Foster et al. 2024 (Zero-shot), Eq. (3), Alg. 1, and their code. L = mean over images
-    and noises n of ||f(x) - f(x_n)|| / ||x - x_n||, x_n = x + N(0, sigma^2) in normalised pixels,
-    clamped to the batch's range; the gradient goes through f(x) alone, and images are summed, as in
-    their code. One pass. Batch norm stays in eval mode (published: train mode, where noise
-    overwrites its statistics).
+    Source: Foster et al. 2024 (Zero-shot), Eq. (3), Alg. 1, and their code. L = sum over images (as
+    in their code) and mean over noises n of ||f(x) - f(x_n)|| / ||x - x_n||, with x_n = x +
+    N(0, sigma^2) in normalised pixels, clamped to the batch's range; the gradient goes through f(x)
+    alone. Batch norm stays in eval mode (published: train mode, where noise overwrites its
+    statistics).
     """
     optimizer = torch.optim.SGD(student.parameters(), args.unlearn_lr)
     on_device = torch.Generator(data["device"]).manual_seed(rng.initial_seed())
@@ -525,10 +524,10 @@ def retrain(student, data, have, args, rng):
 def label_gradients(model, data, indices: Tensor, rng: torch.Generator):
     """Yield {name: (B, ...)}: gradients of log p(y | x) times the root of the weight of label y.
 
-    With labels y of the model itself (those of the data would not do) the squares add up to the
-    Fisher information: all K classes weighted by p(y | x) up to EXACT_CLASSES, for one label drawn
-    is mostly noise where a model fits its data; of more classes DRAWS stratified draws; of
-    attributes one draw, whose log p is the sum over K Bernoullis. No autocast; eval mode.
+    Labels y are the model's own, not the data's: then the squares add up to the Fisher information.
+    Up to EXACT_CLASSES: all K classes, weighted by p(y | x), for one draw is mostly noise where a
+    model fits its data; of more classes: DRAWS stratified draws; of attributes: one draw, with log
+    p summed over K Bernoullis. No autocast; eval mode.
     """
     theta = {k: p.detach() for k, p in model.named_parameters()}
     buffers, multilabel = dict(model.named_buffers()), data["targets"].ndim == 2
@@ -660,8 +659,8 @@ def matrix_layers(model) -> dict:
     """
     found, own = {}, dict(model.named_parameters())
     for name, module in model.named_modules():
-        whole = isinstance(module, nn.Linear) or getattr(module, "groups", 0) == 1
-        if whole and isinstance(module, (nn.Linear, nn.Conv2d)) and f"{name}.weight" in own:
+        whole = isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1
+        if whole and f"{name}.weight" in own:
             found[name] = module
     return found
 
@@ -754,7 +753,8 @@ STORED = ("forget", "statistics")
 # One record a method: its function, its label, the sets that it may touch, its flags with their
 # values, those that --search moves (its step size first), and `on`, the values of a protocol, a
 # data set, or a data set with so many identities, which stand over the others. celeba, celebahq:
-# METAUNLEARN's authors' code, where it has the method; cifar10: SalUn's, SSD's and SCRUB's code.
+# METAUNLEARN's authors' code, where it has the method; cifar10: SalUn's, SSD's and SCRUB's code,
+# but for RandL and GA.
 # A method's place is part of its random seed: add new ones at the end.
 # fmt: off
 METHODS = {
@@ -936,6 +936,8 @@ def search(method: str, model, data, split, sets, args, problems=None, partial=N
     """
     start, sets = own_args(method, args), sets | {"stored": {}}
     axes = [flag for flag in METHODS[method]["search"] if getattr(args, flag) is None]
+    if not axes:
+        return {}, {"chosen": {}, "search": [], "open": []}
     if problems is None and args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
     judged = (problems, model, data, split, sets["judges"].tolist(), args)
@@ -947,8 +949,6 @@ def search(method: str, model, data, split, sets, args, problems=None, partial=N
 
         return evaluate.judge(unlearn, *judged)
 
-    if not axes:
-        return {}, {"chosen": {}, "search": [], "open": []}
     start = {flag: getattr(start, flag) for flag in axes}
     most = {}
     if "retain" in METHODS[method]["touches"]:  # an epoch is a pass over D_r
@@ -969,12 +969,12 @@ def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> n
 
     model: images -> logits (B, K), see common.Own. D_f, D_r, D_v: see data.of_tensors; a method
     that reads D_f alone needs no D_r. flags: the method's own, unlearn_lr=0.01. With D_v those that
-    are not given and that --search moves are searched; D_r, taken to be all of it, judges. Raises
+    are not given and that --search moves are searched; D_r, all of it, judges and is needed. Raises
     FloatingPointError where the method diverged, TypeError for a flag that is none of the method's
     and for a missing D_r, ValueError for a model whose curvature is not known (influence).
     """
     wrong = set(flags) - set(METHODS[method]["flags"])
-    if wrong or (D_r is None and METHODS[method]["touches"] != FORGET):
+    if wrong or (D_r is None and (D_v is not None or METHODS[method]["touches"] != FORGET)):
         raise TypeError(f"{method} has no {wrong}" if wrong else f"{method} needs D_r")
     parts = {"forget": D_f, "retain": D_r, "val": D_v}
     own = common.Own(model, head)

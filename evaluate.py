@@ -39,9 +39,9 @@ HERE = pathlib.Path(__file__).parent
 
 
 def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
-    """The raw row of a model: score, accuracy and loss on D_r, D_f, D_v, D_te and control sets.
+    """The raw row of a model: score and accuracy on D_r, D_f, D_v, D_te; the score of control sets.
 
-    All in [0, 1], losses in nats. The test score is against the true labels where --label-noise
+    All in [0, 1]. The test score is against the true labels where --label-noise
     flipped some. seen: the part of D_r that the method may use; control sets lie outside of it
     (data.control_sets). Random samples also get `mi`, SalUn's membership metric, and with flipped
     labels `wrong` (see wrong_by_label); drawn faces `remembered`: of each of shown_people how
@@ -56,7 +56,6 @@ def measure(model, data: dict, split: dict, amp=False, seen=()) -> dict:
         logits, own = predict(model, data, split[name], amp), data["targets"][split[name]]
         right = data["true_targets"][split[name]] if name == "test" else own
         row[name] = {"score": score(logits, right), "accuracy": accuracy(logits, right)}
-        row[name]["loss"] = common.task_losses(logits, own).mean().item()
         if name == "retain":
             row["control"] = {"score": [score(logits[c], own[c]) for c in controls]}
         if name in ("retain", "forget") and hidden.any():
@@ -208,11 +207,12 @@ def simulated_tow(unlearn, problems, data, amp) -> float:
 def hold_out(seen: list, args) -> tuple[list, list]:
     """The part of D_r_hat (`seen`) that a searched method gets, and the part that judges it.
 
-    Where some of D_r is out of reach, a tenth (30 images at least) is kept from the method: on the
-    images that it trains on, it would look as good as if it had all of D_r. The chosen setting runs
-    without these too, so that the model that was judged is the one that is handed out: with a few
-    images more, a large step can end at quite another model (FT in results/LOG.md). Statistics of
-    the training data that were stored before the request hold these images, as all of D.
+    Where some of D_r is out of reach, a tenth (30 images at least, half at most) is kept from the
+    method: on the images that it trains on, it would look as good as if it had all of D_r. The
+    chosen setting runs without these too, so that the model that was judged is the one that is
+    handed out: with a few images more, a large step can end at quite another model (FT in
+    results/LOG.md). Statistics of the training data that were stored before the request hold these
+    images, as all of D.
     """
     if args.forget == "identities" or args.rho == 1:
         return seen, seen
@@ -272,7 +272,7 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     Returns the best values, and a record: `chosen`, `search` (all that was tried), `nothing` and
     `open`, flags whose best value is the largest or the smallest tried. partial: where tries are
     kept, so that --resume does not repeat them. most: bounds {flag: value}, for the start as well,
-    beside those of epochs, which end at LONGEST.
+    beside those of epochs: LONGEST of training's, or the start's if more.
     """
     about, known, tried, epochs = flags_of(args), [], [], round(LONGEST * args.epochs)
     ends = {k: max(start.get(k, 1), epochs) for k in ("unlearn_epochs", "ascent_epochs")}
@@ -347,8 +347,8 @@ def quietly(distance, values) -> float | None:
 # --------------------------------------------------------------------------------------------------
 # Reporting: the one way in which every method writes, prints and draws its result
 
-# Flags that do not distinguish runs: seeds and name, which are in the file's name; where files lie;
-# what is done with the result.
+# Flags that do not distinguish runs: seeds and name, which are in the path; where files lie; what
+# is done with the result.
 NO_FLAGS = {"seed", "split_seed", "name", "method", "device", "data_dir", "checkpoint_dir", "out"}
 NO_FLAGS |= {"resume", "overwrite", "plot", "save", "check_gradient", "export_support", "support"}
 NO_FLAGS |= {"meta_batch_size", "table", "pack", "attack", "figure", "results", "rows"}

@@ -25,10 +25,10 @@ No official code exists. Where the paper is silent this is what we do:
     4. S and D_Au are the same k images of D_f; z_1 and z_2 look for their neighbours. Q_1..Q_3 go
        through the model as one batch.
     5. MI models are trained on the original model's outputs in eval mode, without augmentation,
-       members from D_r_hat, non-members from D_v, and see the label beside the output (see
-       signals). Eq. (11) asks them about outputs in train mode, the mode of g_r's passes.
+       members from D_r_hat, non-members from D_v; all but `top3` see the label beside the output
+       (see signals). Eq. (11) asks them about outputs in train mode, the mode of g_r's passes.
     6. Batch norm: every pass normalises by its own batch. Only the pass over Q_1..Q_3 moves the
-       running statistics: with images of D_r_hat, at weights that have taken one step on S.
+       running statistics: with images of D_r_hat, at theta_tau (at theta without MetaOpt).
        Without it, --no-remfeed, they stay the original model's.
     7. Eq. (5) is plain SGD without momentum or weight decay; beta falls to 0 along a cosine.
     8. N = 3 query sets. The sums of Eq. (4) are sums: three query losses weigh three times one.
@@ -79,6 +79,7 @@ _DATASETS = {
 PRESETS = {name: own | _DATASETS.get(name, {}) for name, own in TRAINING_PRESETS.items()}
 N = 3  # query sets, Eq. (3): one for each of z_1, z_2, z_3
 MI_STEPS = 500  # Adam steps that train each MI model; ours, the paper is silent
+SEARCHED = ("beta", "alpha", "passes")  # by --search, the step size first
 # The flags that an interrupted run must share with its continuation.
 METHOD_FLAGS = ("alpha", "beta", "passes", "support_size", "mi_models", "rho", "combine")
 METHOD_FLAGS += ("forfeed", "remfeed", "metaopt", "first_order")
@@ -128,7 +129,7 @@ def z_1_table(model, data, forget: Tensor, seen: Tensor, amp=False) -> Tensor:
 
 
 def by_label(data, seen: Tensor) -> tuple:
-    """D_r_hat grouped by label vector: vectors (u, K), images in each (u,), sorted images (n,)."""
+    """D_r_hat grouped by label vector: vectors (u, K), their counts (u,), sorted images (n,)."""
     labels = label_vectors(data, seen)
     vectors, group, count = labels.unique(dim=0, return_inverse=True, return_counts=True)
     return vectors, count, seen[group.argsort()]
@@ -425,6 +426,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits move g_f by 1 to 21 % (emulated)
     student, device = copy.deepcopy(model).train(), data["device"]
     begin = kept = clock(device)
+    before = data.get("read", 0)
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
     z_1, groups = z_1_table(model, data, forget, seen, args.amp), by_label(data, seen)
@@ -435,6 +437,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
         saved = common.load_checkpoint(partial, "partial unlearning", **identity)
         student.load_state_dict(saved["model"])
         first, log, begin = saved["iteration"] + 1, saved["log"], begin - saved["seconds"]
+        data["read"] = before + saved["read"]
         say(f"{method}: resuming after iteration {first}")
     k = min(args.support_size, len(forget))
     total = 2 if args.dry_run else max(1, round(args.passes * len(forget) / k))
@@ -464,6 +467,7 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
             kept = now
             if partial:
                 state = dict(model=student.state_dict(), iteration=t, seconds=now - begin, log=log)
+                state["read"] = data["read"] - before
                 common.save_checkpoint(partial, kind="partial unlearning", **state, **identity)
     return student.eval(), log, clock(device) - begin
 
@@ -479,8 +483,8 @@ def forget(model, D_f, D_r_hat, D_v, head=None, **flags) -> nn.Module:
     args = parse_args(["--forget", "random", "--augment", "none"])
     if set(flags) - set(METHOD_FLAGS):
         raise TypeError(f"ltu has no {set(flags) - set(METHOD_FLAGS)}")
-    moved = ("beta", "alpha", "passes")
-    free = [] if set(flags) & set(moved) else list(moved)
+    moved = [flag for flag in SEARCHED if flag != "alpha" or flags.get("metaopt", True)]
+    free = [] if set(flags) & set(SEARCHED) else moved
     args = argparse.Namespace(**vars(args) | flags | {"amp": False, "search": free})
     own = common.Own(model, head)
     data, split = of_tensors(own, {"forget": D_f, "retain": D_r_hat, "val": D_v})
@@ -509,7 +513,7 @@ def parse_args(argv=None):
     add("--support-size", type=common.between(2, 1e6, int), default=64,
         help="k, images in S, in D_Au and in each query set")
     add("--mi-models", type=common.between(2, 1000, int), default=4,
-        help="K, of which one is support and another query (the paper states none of these five)")
+        help="K; one is support, another query (paper: no value for --alpha to K)")
     add("--combine", choices=("project", "add", "iterative"), default="project",
         help="Eq. (12), or Table 4's: plain sum; in turns")
     add("--no-forfeed", action="store_false", dest="forfeed",
@@ -535,13 +539,15 @@ def parse_args(argv=None):
         fail(f"--combine {args.combine} combines both feedbacks; drop --no-forfeed or --no-remfeed")
     if args.like and args.search:
         fail("--like takes what another run's search chose; drop it or --search")
-    moved = ("beta", "alpha", "passes") if args.metaopt else ("beta", "passes")
+    moved = [flag for flag in SEARCHED if flag != "alpha" or args.metaopt]
     free = [flag for flag in moved if flag_name(flag) not in args.given]
-    whole_class, unknown = args.forget in ("class", "subclass"), args.dataset not in PRESETS
+    if args.search and not free:
+        fail(f"--search has nothing to choose: {', '.join(map(flag_name, moved))} are given")
+    whole_class, unknown = args.forget in ("class", "subclass"), args.dataset not in _DATASETS
     if args.search and whole_class:
         fail(f"--search judges by images of D_v like D_f's; --forget {args.forget} leaves none")
-    # Other data's step sizes can destroy a model, so of unknown data they are always searched.
-    unknown = unknown and free == list(moved) and not whole_class and not args.like
+    # Other data's step sizes can destroy a model: where none is known or given, they are searched.
+    unknown = unknown and free == moved and not whole_class and not args.like
     args.search = free if args.search or unknown else []
     return args
 
@@ -576,16 +582,22 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
     return evaluate.search(start, distance, nothing, args, partial, most)
 
 
-def take_from(run: str, args):
-    """--like: set the flags that the search of another run of this split and seed chose."""
+def taken_from(run: str, args) -> dict:
+    """--like: the flags that LTU's search chose in another run of this split and seed."""
     path = evaluate.result_path(run, args)
     try:
         chosen = json.loads(path.read_text())["chosen"]
+        taken = {flag: chosen[flag] for flag in SEARCHED if flag in chosen}
     except (OSError, ValueError, KeyError):
-        fail(f"--like {run}: {path} holds no result of a search; run it with --search first")
-    vars(args).update({flag: value for flag, value in chosen.items() if hasattr(args, flag)})
+        taken = {}
+    if not taken:
+        fail(f"--like {run}: {path} holds no search of LTU; run it with --search first")
+    for flag in map(flag_name, taken):
+        if flag in args.given:
+            fail(f"--like {run} brings {flag}; drop one of them")
     if args.combine == "iterative":
-        args.passes *= 2
+        taken["passes"] = 2 * taken.get("passes", args.passes)
+    return taken
 
 
 def label_of(args) -> str:
@@ -629,8 +641,8 @@ def main(argv=None):
     result = evaluate.earlier_result(name, args, flags)
     if result:
         return evaluate.show({label: result})
-    if args.like:
-        take_from(args.like, args)
+    more = {"chosen": taken_from(args.like, args)} if args.like else {}
+    vars(args).update(more.get("chosen", {}))
     if args.search and "--search" not in args.given:
         say(f"no step sizes for {args.dataset} are known, and none are given: they are searched")
     data, split = open_data(args, device)
@@ -640,7 +652,7 @@ def main(argv=None):
         fail(f"--rho {args.rho} leaves {len(seen)} of {whole} images of D_r; ten are the least")
     say(f"D_r_hat: {len(seen):,} images (rho {args.rho:g})")
     model, gold, seconds = train_both(data, split, args)
-    more, reads = {}, ["forget", f"retain (rho {args.rho:g})"]
+    reads = ["forget", f"retain (rho {args.rho:g})"]
     # What --like takes was chosen without the judging images, and is compared with that run.
     at_hand, judges = evaluate.hold_out(seen, args) if args.search or args.like else (seen, seen)
     begin, read = clock(device), data.get("read", 0)

@@ -25,11 +25,13 @@ Where the paper is silent, or its authors' code differs, a preset decides:
                         of h_phi starts at 0, so that the first update is exactly 0.
     --preset code       The authors' code: smooth-L1 distance in A; no gradient through
                         L_task(D_v; theta_u); A averaged over pairs of 64 images of D_f and D_v;
-                        cls_token and pos_embed stay; h_phi is wide, has dropout and starts at
-                        random; a cosine by epoch; S in float32 where the rest is in bf16.
-    --preset selective  Ours: A is the second term of Eq. (8) without 1 - mAP, and 0.3 times what
-                        retained people lose, of which no term of Eq. (8) speaks. h_phi sees losses,
-                        logits and targets, and a step size of each parameter is learned too.
+                        cls_token and pos_embed stay; h_phi is wide and has dropout (on celeba and
+                        celebahq with any preset) and starts at random; a cosine by epoch; S in
+                        float32 where the rest is in bf16.
+    --preset selective  Ours: A is the second term of Eq. (5), and 0.3 times how far retained people
+                        move (a KL divergence; the paper's App. C found that such a term hinders
+                        unlearning). h_phi sees losses, logits and targets, and a step size of each
+                        parameter is learned too.
     --natural DAMPING   Ours, beside any preset: the gradient in Eq. (4) goes through (I + F /
                         DAMPING)^-1, F the Fisher information of the training data as a matrix for
                         each layer (baselines.curvature), so that the step spares what this data
@@ -80,7 +82,8 @@ from data import (
 from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
-# What --dataset and --preset bring along; a flag on the command line wins. Values: authors' code.
+# What --dataset and --preset bring along; a flag on the command line wins. Values: authors' code,
+# but for toyfaces and selective.
 _CODE = dict(hidden=512, dropout=0.5, alpha=1e-4)
 _FACES = dict(_CODE, meta_batch_size=64)
 _DATASETS = {"celebahq": _FACES, "celeba": _FACES, "qmnist": dict(meta_epochs=1)}
@@ -226,8 +229,8 @@ def image_losses(name: str, logits, targets, logits_0, scrub=False) -> Tensor:
     """The loss of each image of set `name`, whose mean goes into A: (B, K) -> (B,).
 
     f, v: the task loss. r: how far theta_u has moved from theta (logits_0), as a KL divergence; the
-    paper is silent. scrub: SCRUB's terms with T = 4 (authors' code: a softmax over attributes; here
-    a Bernoulli for each).
+    paper gives no formula. scrub: SCRUB's terms with T = 4 (authors' code: a softmax over
+    attributes; here a Bernoulli for each).
     """
     multilabel = targets.ndim == 2
     if scrub:
@@ -580,13 +583,15 @@ def learn_loss(model, D, identities, D_v, head=None, **flags) -> MetaLoss:
     """h_phi for somebody's own model, learned from its training set D of several people.
 
     model: images -> logits (B, K), see common.Own. D, D_v: see data.of_tensors; identities (N,):
-    who is in each image of D, whole numbers. flags: of the command line, ids=5 (people in a
-    request), preset="selective". Raises TypeError for a flag that is none.
+    who is in each image of D, whole numbers. flags: ids (people in a request), seed, preset and
+    others of METAUNLEARN's on the command line, eta=0.1; h_phi does not see who it is. Raises
+    TypeError for another flag.
     """
-    preset = ["--preset", flags.pop("preset", "paper")]
-    args = parse_args([*preset, "--inputs", "logits,features,targets"])
-    if set(flags) - {*META_FLAGS, "ids", "seed"}:
-        raise TypeError(f"metaunlearn has no {set(flags) - {*META_FLAGS, 'ids', 'seed'}}")
+    args = parse_args(["--preset", flags.pop("preset", "paper"), "--dataset", "own/pair"])
+    args.inputs = ",".join(name for name in args.inputs.split(",") if name != "ids")
+    wrong = set(flags) - {*META_FLAGS, "ids", "seed"}
+    if wrong:
+        raise TypeError(f"metaunlearn has no {wrong}")
     args = argparse.Namespace(**vars(args) | flags | {"amp": False})
     own = common.Own(model, head)
     data, split = of_tensors(own, {"retain": D, "val": D_v})
@@ -809,8 +814,10 @@ def parse_args(argv=None):
         fail("--retain-weight is not in --aux-loss scrub, which has KL on retained images itself")
     if args.search and args.meta_loss:
         fail("--search learns a new meta-loss, --meta-loss uses an old one; drop one of them")
-    moved = ("eta", "alpha", "meta_epochs")
-    args.search = [k for k in moved if args.search and common.flag_name(k) not in args.given]
+    moved = [k for k in ("eta", "alpha", "meta_epochs") if common.flag_name(k) not in args.given]
+    if args.search and not moved:
+        fail("--search has nothing to choose: --eta, --alpha and --meta-epochs are given")
+    args.search = moved if args.search else []
     return args
 
 

@@ -607,7 +607,7 @@ MUTANTS = {
               ("SCRUB_ALPHA * distillation", "0 * distillation"),
               ("SCRUB_GAMMA * task", "task"), ("parameters(), 1.0)", "parameters(), 1e9)"),
               ("deepcopy(student)", "deepcopy(student).train()")],
-    "pgu": [("w -= lr", "w += lr"), ("np.cos(np.pi * epoch / len(epochs(args)))", "1"),
+    "pgu": [("w -= lr", "w += lr"), ("math.cos(math.pi * epoch / len(epochs(args)))", "1"),
             ("(d - (d @ U", "((d @ U")],  # along the kept space
     "pgu kept_data": [('D[~torch.isin(D, have["forget"])]', "D")],
     "pgu patches": [("module.stride)", "1)")],
@@ -814,6 +814,8 @@ def test_of_somebodys_own_model_the_step_is_the_same_and_flags_are_searched(monk
         B.forget("ga", net, D_f, radius=1.0)
     with pytest.raises(TypeError, match="needs D_r"):
         B.forget("ft", net, D_f)
+    with pytest.raises(TypeError, match="needs D_r"):
+        B.forget("ga", net, D_f, D_v=D_v)  # to search
     wrapped = common.Own(net, "5")
     assert torch.equal(wrapped(D_f[0])[0], net[:5](D_f[0])) and wrapped.width == 4
     fresh = wrapped.untrained(1)

@@ -649,7 +649,8 @@ def test_resume_equals_uninterrupted(run, again, monkeypatch, capsys):
     now = itertools.count(step=25)
     result = again("--name", "resumed", "--resume")
     assert len(calls) < 8 + 12 and not partial_file.exists()
-    assert result["log"] == run.result["log"]
+    assert result["log"] == run.result["log"]  # and all reads are counted, but for MI models
+    assert result["passes"] * 1211 == pytest.approx(12 * 256 + 121 + 327)
     took = {name: result["seconds"][name] for name in ("mi_models", "unlearn", "ft", "evaluate")}
     assert took == {"mi_models": 25, "unlearn": 6 * 25 + 7 * 25, "ft": 13 * 25, "evaluate": 25}
     assert equal(saved_model(run.folder, "ltu-resumed"), saved_model(run.folder))
@@ -744,11 +745,16 @@ def test_search_hands_out_the_model_that_was_judged_and_like_takes_its_choice(
     same = E.validation_gap(models[1], models[1], data, split, judges, args)
     assert found["nothing"] == same["mean"]
     alike = L.main([*flags, "alike", "--like", "ltu-found"])
-    assert alike["metrics"] == found["metrics"] and "chosen" not in alike
+    assert alike["metrics"] == found["metrics"] and alike["chosen"] == found["chosen"]
     twice = L.main([*flags, "twice", "--like", "ltu-found", "--combine", "iterative"])
     assert len(twice["log"]) == 2 * len(found["log"])
-    refused(capsys, "holds no result of a search", L.main, [*flags, "no", "--like", "ltu"])
+    assert twice["chosen"]["passes"] == 2 * float(SHORT[SHORT.index("--passes") + 1])
+    refused(capsys, "holds no search of LTU", L.main, [*flags, "no", "--like", "ltu"])
     refused(capsys, "drop it or --search", L.parse_args, ["--like", "ltu", "--search"])
+    both = ["both", "--like", "ltu-found", "--beta", "1"]
+    refused(capsys, "--like ltu-found brings --beta; drop one", L.main, [*flags, *both])
+    all_given = ["--search", "--beta", "1", "--alpha", "1", "--passes", "1"]
+    refused(capsys, "nothing to choose: --beta, --alpha, --passes are", L.parse_args, all_given)
     whole = ["--forget", "class", "--forget-classes", "1", "--label-noise", "0", "--search"]
     refused(capsys, "leaves none", L.parse_args, whole)
 
@@ -756,7 +762,8 @@ def test_search_hands_out_the_model_that_was_judged_and_like_takes_its_choice(
 def test_flags_of_unknown_data_are_searched_and_with_identities_on_simulated_requests(
     flags, monkeypatch
 ):
-    assert L.parse_args(flags[:2]).search == ["beta", "alpha", "passes"]
+    for dataset in (flags[1], "celeba"):  # of which LTU has no values
+        assert L.parse_args(["--dataset", dataset]).search == ["beta", "alpha", "passes"]
     assert L.parse_args([*flags[:2], "--passes", "1"]).search == []
     assert L.parse_args(["--no-metaopt", "--search"]).search == ["beta", "passes"]
     monkeypatch.setattr(E, "TRIES", 2)
@@ -791,8 +798,10 @@ def test_somebodys_own_model_unlearns_and_no_file_is_written(tmp_path, monkeypat
         patch.setattr(E, "search", lambda start, *_: searched.append(list(start)) or ({}, {}))
         patch.setattr(L, "unlearn", lambda *have: trained_on.append(len(have[3])) or real(*have))
         L.forget(net, D_f, D_r, D_v, support_size=12)
-    assert searched == [["beta", "alpha", "passes"]] and not list(tmp_path.iterdir())
-    assert trained_on == [20]  # of D_r's 40, half judge: there are fewer than 60
+        L.forget(net, D_f, D_r, D_v, support_size=12, metaopt=False)  # alpha has no part in it
+    assert searched == [["beta", "alpha", "passes"], ["beta", "passes"]]
+    assert not list(tmp_path.iterdir())
+    assert trained_on == [20, 20]  # of D_r's 40, half judge: there are fewer than 60
     with pytest.raises(TypeError, match="gamma"):
         L.forget(net, D_f, D_r, D_v, gamma=1)
 

@@ -520,6 +520,8 @@ def test_search_reads_neither_test_nor_support_and_its_choice_is_used(copied, ca
     none = M.main([*copied, "--eta", "1e-12", "--name", "no-step"])  # the model as it was
     assert result["nothing"] == pytest.approx(1 - none["simulated_tow"], abs=1e-6)
     refused(capsys, "drop one of them", M.parse_args, ["--search", "--meta-loss", "x"])
+    all_given = ["--search", "--eta", "1", "--alpha", "1", "--meta-epochs", "1"]
+    refused(capsys, "nothing to choose", M.parse_args, all_given)
 
 
 @pytest.mark.parametrize("preset", ("paper", "code", "selective"))
@@ -532,6 +534,8 @@ def test_somebodys_own_model_learns_a_loss_and_unlearns(preset, tmp_path, monkey
     D, D_v = ((torch.randn(n, 3, 8, 8), torch.randint(2, (n, 3)).float()) for n in (24, 12))
     before, who = flat(net.parameters()).clone(), np.arange(24) // 4
     h = M.learn_loss(net, D, who, D_v, ids=2, meta_epochs=2, hidden=6, eta=0.2, preset=preset)
+    sees = ["logits", "targets", "losses"] if preset == "selective" else ["logits", "features"]
+    assert h.inputs[-1] == sees[-1] if preset == "selective" else h.inputs[:2] == sees
     S = D[0][:2], D[1][:2]
     without = M.forget(net, h, S)
     leaf = copy.deepcopy(net)
