@@ -324,7 +324,7 @@ class Net(nn.Module):
 
 
 def build_model(name: str, outputs: int, image_size: int, init: str = "none", seed: int = 0) -> Net:
-    """Build a model from its constructor, so that a gold model shares nothing with the original.
+    """Build a model from its constructor; with --init none a gold model shares nothing with others.
 
     init: none, pretrained (timm's hub), or a weight file. Raises SystemExit(2) for an unknown name,
     size or file.

@@ -806,7 +806,7 @@ def reachable(split: dict, rho: float, split_seed: int) -> list[int]:
 
 
 def shortened(data: dict, split: dict) -> dict:
-    """The same split with 64 images in each part, in D_f one of each person at least: a dry run."""
+    """A dry run's split: 64 images of D_r, D_f, D_v, D_te; in D_f one of each person at least."""
     forget, people = np.array(split["forget"]), split.get("forget_ids", [0])
     owner = data["identities"][forget] if "forget_ids" in split else 0 * forget
     own = [forget[owner == i][: max(1, 64 // len(people))] for i in people]
@@ -961,8 +961,8 @@ def read_labels(table: pathlib.Path, names=None, multilabel=False) -> tuple:
     number = {label: i for i, label in enumerate("01" if multilabel else names)}
     for row in rows:
         wrong = [column for column in columns if row[column] not in number]
-        wrong += [column for column in ("file", "identity") if not row.get(column, "absent")]
-        wrong += [] if own or row["identity"].isdecimal() else ["identity"]
+        wrong += [column for column in ("file", "identity", "class") if not row.get(column, "-")]
+        wrong += [] if own or (row["identity"] or "").isdecimal() else ["identity"]
         if wrong:
             known = f"; labels are {', '.join(number)}"[:60]
             fail(f"{table}: {wrong[0]} of {row['file']} is {row[wrong[0]]!r}{known}")

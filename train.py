@@ -6,9 +6,9 @@ Usage:
     python train.py --dataset cifar10 --forget-ratio 0.5   # LTU: ResNet-18, 182 epochs
     torchrun --nproc-per-node 4 train.py --dataset celeba --ids 10
 
-The gold model ("Retrained") is built from its constructor and trained by the same recipe on D_r
-alone. The epoch with the best validation score is kept; the test set plays no part. The Support set
-is in neither training set.
+The gold model ("Retrained") is built anew, by --init, and trained by the same recipe on D_r alone.
+The epoch with the best validation score is kept, or with --keep last the last one; the test set
+plays no part. The Support set is in neither training set.
 
 Departure from the authors' code: the cosine runs per iteration down to 0 (theirs: per epoch, to
 1.1e-5).
@@ -122,7 +122,8 @@ def train(which: str, data: dict, split: dict, args):
 
     With --resume training goes on after the last epoch that was kept, of which there is at most one
     a minute. Under torchrun each process takes its share of every batch, and the result is that of
-    one process but for rounding and batch-norm statistics. Raises SystemExit(2) for a checkpoint of
+    one process but for rounding, batch-norm statistics and a last batch with fewer images than
+    processes, which is left out. Raises SystemExit(2) for a checkpoint of
     another split or recipe, and when the loss is no longer finite.
     """
     assert which in ("original", "gold"), which
@@ -130,7 +131,7 @@ def train(which: str, data: dict, split: dict, args):
     path = checkpoint_folder(args) / f"{which}-seed{args.seed}.pt"
     partial = path.with_suffix(".partial.pt")
     identity = recipe_of(which, data, split, args)
-    # A seed of its own: the gold model does not even share its initial weights with the original.
+    # A seed of its own: what --init does not set, gold does not share with the original either.
     seed = 2 * args.seed + (which == "gold")
     init = "none" if path.is_file() else args.init
     model = build_model(args.model, data["classes"], args.image_size, init, seed).to(device)
@@ -207,10 +208,12 @@ def new_optimizer(model, args):
 def train_epoch(model, optimizer, data, chosen, epoch: int, seed: int, args) -> float:
     """One pass over the images `chosen`; returns the mean loss of its steps.
 
-    Order and crops depend on seed and epoch alone, so that resuming equals never having stopped.
+    Order, crops and dropout depend on seed and epoch alone, so that resuming equals never having
+    stopped.
     """
     device, (rank, world) = data["device"], rank_and_world()
     rng = generator(seed, epoch)
+    torch.manual_seed(generator(seed, epoch, 17, rank).initial_seed())  # dropout: timm's models
     order = chosen[torch.randperm(len(chosen), generator=rng)]
     steps = math.ceil(len(chosen) / args.batch_size)
     if 0 < len(chosen) % args.batch_size < world:

@@ -699,6 +699,7 @@ CSV = {  # labels.csv, what is said of it
     "file,hat\n0.png,1": "no column identity",
     "file,identity,hat\n0.png,x,1": "identity of 0.png is 'x'",
     "file,identity,hat\n0.png,,1": "identity of 0.png is ''",
+    "file,hat,identity\n0.png,1": "identity of 0.png is None",
     "file,identity,hat\n": "no rows",
     "file,identity,hat\n1.png,7,1": "1.png",
     "file,identity,h\xfct\n": "UTF-8",
@@ -774,6 +775,8 @@ def test_pair_from_people_in_a_table(numbered, tmp_path, capsys):
     refused(capsys, "1 of 90 annotated images are missing", data.main, argv)
     write_lines(folder / "labels.csv", ["identity,file", "1,0.png"])
     refused(capsys, "no column class", data.main, argv)
+    write_lines(folder / "labels.csv", ["class,file", "dog,0.png", ",1.png"])
+    refused(capsys, "class of 1.png is ''", data.main, argv)
 
 
 @pytest.fixture

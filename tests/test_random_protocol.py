@@ -324,6 +324,17 @@ def test_the_last_epochs_show_the_images_as_they_are(tmp_path, monkeypatch):
     assert seen == [False] * steps + [True] * 2 * steps
 
 
+def test_dropout_depends_on_seed_and_epoch_alone(tmp_path, monkeypatch):
+    """Else a resumed training would go on with the masks of its first epoch."""
+    drawn, (data, s, args) = [], digits(tmp_path, "--epochs", "2")
+    model = common.build_model(args.model, data["classes"], args.image_size)
+    optimizer = T.new_optimizer(model, args)
+    for epoch, seed in ((0, 3), (1, 3), (1, 3), (1, 4)):
+        T.train_epoch(model, optimizer, data, torch.tensor(s["retain"][:64]), epoch, seed, args)
+        drawn.append(torch.rand(1).item())
+    assert drawn[1] == drawn[2] and len(set(drawn)) == 3
+
+
 def test_a_checkpoint_holds_every_flag_of_its_recipe():
     """Else a model that another recipe made would be taken for this one's."""
     parser = argparse.ArgumentParser()
