@@ -902,7 +902,10 @@ def run(method: str, model, data, sets: dict, args) -> tuple[nn.Module, float, f
         have["split"] = sets["split"]
     took = METHODS[method]["run"](student, data, have, args, rng)
     took = clock(data["device"]) - begin if took is None else took
-    passes = (data.get("read", 0) - read) / len(sets["statistics"])
+    read = data.get("read", 0) - read
+    if method == "retrain":  # counted as gold's is; it may have been trained before
+        read = args.epochs * len(sets["retain"])
+    passes = read / len(sets["statistics"])
     finite = all(torch.isfinite(p).all() for p in student.parameters())
     if not finite or not torch.isfinite(predict(student.eval(), data, some)).all():
         searched = METHODS[method]["search"]

@@ -723,12 +723,12 @@ def paper_numbers(table: str, column: str) -> dict:
 def read_results(paths) -> tuple[dict, list[dict]]:
     """(header, runs) of packed .jsonl files, or of folders of run files.
 
-    A packed file's first line is the header: title, the paper's column, and the flags that its runs
-    share; each further line is a run with the flags that differ. A run without rows of the original
-    and the gold model has those of the first run of its split seed. What cannot be read in a folder
-    is named and left out. Raises SystemExit(2) where nothing can be read.
+    A packed file's first line is the header: title, setting, the paper's column, and the flags that
+    its runs share; each further line is a run with the flags that differ. A run without rows of the
+    original and the gold model has those of the first run of its split seed. What cannot be read in
+    a folder is named and left out. Raises SystemExit(2) where nothing can be read, or two settings.
     """
-    header, runs = None, []
+    header, runs, settings = None, [], set()
     for path in map(pathlib.Path, paths):
         path = path if path.exists() else HERE / path
         if path.suffix == ".jsonl" and path.is_file():
@@ -736,6 +736,7 @@ def read_results(paths) -> tuple[dict, list[dict]]:
                 own, *lines = [json.loads(line) for line in path.read_text().splitlines()]
                 runs += [run | {"flags": own["flags"] | run["flags"]} for run in filled(lines)]
                 header = header or {"title": own["title"], "paper": own["paper"], **own}
+                settings.add(own["setting"])
             except (ValueError, KeyError, TypeError) as error:
                 fail(f"{path} is no packed file of results ({type(error).__name__}: {error})")
             continue
@@ -747,16 +748,17 @@ def read_results(paths) -> tuple[dict, list[dict]]:
                 assert "attacks" in run or {"seconds", "access"} <= set(run)
                 assert "attacks" in run or compare(run["metrics"])["unlearned"]
                 runs.append(run)
+                where = f"{run['dataset']}, {run['setting']}"
+                settings.add(re.sub(r"-split\d+", "", where))
             except (ValueError, KeyError, TypeError, AssertionError):
                 say(f"skipped {file}: cut short or of another version")
     if not runs:
         named = ", ".join(map(str, paths))
         fail(f"no run in {named}: name .jsonl files of results/, or folders with run files")
-    settings = {f"{run['dataset']}, {run['setting']}" for run in runs if "setting" in run}
-    titles = sorted({re.sub(r"-split\d+", "", setting) for setting in settings})
-    if len(titles) > 1:
-        fail(f"a table is about one setting; --results holds {' and '.join(titles)}")
-    return header or {"title": titles[0], "paper": ""}, runs
+    if len(settings) > 1:
+        fail(f"a table is about one setting; --results holds {' and '.join(sorted(settings))}")
+    (only,) = settings
+    return header or {"title": only, "setting": only, "paper": ""}, runs
 
 
 def shared_flags(runs: list[dict]) -> dict:
@@ -776,12 +778,9 @@ def filled(runs: list[dict]) -> list[dict]:
 
 
 def pack(paths, target: pathlib.Path):
-    """Append runs to a packed file, six decimals a number; a run that is there is replaced."""
-    header, runs = read_results(paths)
-    if target.is_file():
-        header, old = read_results([target])
-        fresh = {run_key(run) for run in runs}
-        runs = [run for run in old if run_key(run) not in fresh] + runs
+    """Append runs to a packed file, six digits a number; a run that is there is replaced."""
+    header, runs = read_results([target, *paths] if target.is_file() else paths)
+    runs = list({run_key(run): run for run in runs}.values())
     header["flags"] = shared_flags(runs)
     lines, first = [json.dumps(header, ensure_ascii=False)], {}
     left_out = {"dataset", "setting", "metric", "peak_memory_bytes", "versions", "date", "log"}
@@ -804,7 +803,7 @@ def rounded(value):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
-    return round(value, 6) if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def run_key(run) -> tuple:
@@ -943,8 +942,9 @@ def table_lines(table: dict, kind: str, paper: dict, reference: str) -> list[lis
             line.append(mean_std([v[c] for v in values]) + gap)
         line.append(mean_std([v["main"] for v in values]))
         for other in against:
-            if other == reference:  # in LTU's Table 2 the one of the same rho
-                other = ", ".join([reference, *label.split(", ")[1:]])
+            same_rho = ", ".join([reference, *label.split(", ")[1:]])  # in LTU's Table 2
+            if other == reference and same_rho in table:
+                other = same_rho
             there = table.get(other, {})
             pairs = [(v["main"], there[k]["main"]) for k, v in by_split.items() if k in there]
             own = label in ("Trained", "Retrained", other)
@@ -956,18 +956,26 @@ def table_lines(table: dict, kind: str, paper: dict, reference: str) -> list[lis
 
 
 def searched_cell(values: list[dict]) -> str:
-    """How many settings were tried, and how often the best is an end or beats no original model."""
+    """How many settings were tried, and how often the best is an end or beats no original model.
+
+    Runs from before this was kept do not count.
+    """
     if "touches" not in values[0]:
         return ""
-    if not all(v["search"] for v in values):
+    searched, vain = [v for v in values if v["search"]], []
+    if not searched:
         return "not searched"
-    tried = round(np.mean([len(v["search"]) for v in values]))
-    at_an_end, in_vain = sum(bool(v["open"]) for v in values), 0
-    for v in values:
+    for v in searched:
         found = [t["distance"] for t in v["search"] if t["distance"] is not None]
-        in_vain += v["nothing"] is not None and min(found, default=math.inf) >= v["nothing"]
-    counts = {"at an end": at_an_end, "in vain": in_vain}
-    said = [f"{what}: {count} of {len(values)}" for what, count in counts.items() if count]
+        if v["nothing"] is not None:
+            vain.append(min(found, default=math.inf) >= v["nothing"])
+    ends = [bool(v["open"]) for v in searched if v["open"] is not None]
+    counts = {"at an end": ends, "in vain": vain}
+    said = [f"{what}: {sum(own)} of {len(own)}" for what, own in counts.items() if any(own)]
+    if len(searched) < len(values):
+        said.insert(0, f"{len(searched)} of {len(values)} runs")
+    said += [] if ends else ["ends not kept"]
+    tried = round(np.mean([len(v["search"]) for v in searched]))
     return f"{tried}" + (f" ({', '.join(said)})" if said else "")
 
 
@@ -1394,6 +1402,8 @@ def parse_args(argv=None):
         fail(f"--plot {args.plot} is a folder; name a file")
     if args.pack and not args.results:
         fail("--pack needs --results, the runs to append")
+    if args.pack and not args.pack.endswith(".jsonl"):
+        fail(f"--pack {args.pack}: name a .jsonl file")
     ours = "digits-10" if (args.table or "").startswith("ltu") else "toyfaces"
     args.results = args.results or [HERE / "results" / f"{ours}.jsonl"]
     return args

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # cifar10-small-10.jsonl, cifar10-small-50.jsonl: 6,000 training images of CIFAR-10 at 16 px, three seeds.
 # Every finished run is skipped, an interrupted one goes on. About a night on one core.
-# Made by commit 5c5acca, before one rule searched every method: git checkout 5c5acca first.
+# Made up to commit 5c5acca, before one rule searched every method: git checkout 5c5acca first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # another number of threads rounds differently

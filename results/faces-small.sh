@@ -2,7 +2,7 @@
 # faces-small-10.jsonl: 6,271 pictures of 299 people of CelebA at 32 px, a small ViT, three splits.
 # The authors' 561 outer steps. Every finished run is skipped, an interrupted one goes on. A day on one core.
 # data/celeba must hold these pictures in the publisher's layout; the numbers are of this subset.
-# Made by commit 5c5acca, before one rule searched every method: git checkout 5c5acca first.
+# Made up to commit 5c5acca, before one rule searched every method: git checkout 5c5acca first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # another number of threads rounds differently

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tinyimagenet-small.jsonl: 3,000 images of 20 classes of Tiny-ImageNet at 32 px, a small ViT, three seeds.
 # Every finished run is skipped, an interrupted one goes on. Some hours on one core.
-# Made by commit 5c5acca, before one rule searched every method: git checkout 5c5acca first.
+# Made up to commit 5c5acca, before one rule searched every method: git checkout 5c5acca first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # another number of threads rounds differently

@@ -967,9 +967,11 @@ def test_retrain_is_the_gold_model_of_another_seed(trained, tmp_path):
         shared = {k for k, t in retrained.items() if (t == other[k]).float().mean() > 0.01}
         assert shared == {"mean", "std"}  # of the pixels
     assert run.results["retrain"]["access"] == {"unlearning": ["retain"]}
+    assert run.results["retrain"]["passes"] == run.results["retrain"]["retrain_passes"] > 0
     assert B.parse_args([]).method == [method for method in B.METHODS if method != "retrain"]
     assert B.parse_args(["--method", "all", "retrain"]).method == list(B.METHODS)
     again = B.main([*run.flags, "--method", "retrain", "--overwrite"])["Second gold"]
+    assert again["passes"] == again["retrain_passes"]  # though it was only loaded
     assert again["seconds"]["unlearn"] == run.results["retrain"]["seconds"]["unlearn"] > 0.01
 
 

@@ -40,7 +40,7 @@ META = [(97.0, 93.0, 80.0, 5.0), (97.5, 92.0, 80.0, 6.0), (96.5, 96.0, 79.0, 7.0
 
 def made_row(figures):
     values = zip(("retain", "forget", "test"), figures, strict=False)
-    row = {s: {"score": v / 100, "accuracy": v / 100, "loss": 1.0} for s, v in values}
+    row = {s: {"score": v / 100, "accuracy": v / 100} for s, v in values}
     return row | {"control": {"score": [figures[0] / 100] * 2}, "mi": figures[3] / 100}
 
 
@@ -171,6 +171,10 @@ def test_average_gap_against_numpy_and_ltu_at_the_same_rho(tmp_path):
         assert ft["less LTU"].startswith(f"{mean:+.1f} ±") and ltu["less LTU"] == ""
         assert ltu["average gap"] == spread(gap[f"LTU, {rho}"]) and ltu["UT, s (passes)"] == "3.0"
     assert ltu["UA"] == "6.0 ± 1.4 (9.0)" and ltu["RA"] == "95.5 ± 0.7 (0.5)"  # gold: 15 and 96
+    write(tmp_path, "ltu-no-metaopt-same", 0, [90.0] * 4, "random")
+    write(tmp_path, "ltu", 0, [80.0] * 4, "random")
+    same = cells(tmp_path, "ltu3", "CIFAR-10, 10 %")["w/o MetaOpt, LTU's flags"]
+    assert same["less LTU"].endswith("(one split)")  # though no LTU has that ending
     paper = cells(tmp_path, "ltu3", "CIFAR-10, 10 %")["LTU"]["paper's average gap"]
     assert paper == "0.36 (4.37 / 99.83 / 93.95 / 12.97)"  # the paper prints 0.36 itself
 
@@ -188,7 +192,7 @@ Retrained    96.0 ± 0.0  85.0 ± 0.0  81.0 ± 0.0  100.0 ± 0.0                
                                                       99.0 (27.0)  3
 GA           95.0 ± 1.0  89.7 ± 1.5  79.0 ± 1.0   92.5 ± 1.5        +7.1 ± 3.7 (better)  \
 +3.3 ± 3.0 (better)         4.3 ± 0.6             \
-  support  2 (at an end: 1 of 3, in vain: 1 of 3)       1.5 (0.2)  3
+  support  2 (at an end: 1 of 3, in vain: 1 of 2)       1.5 (0.2)  3
 METAUNLEARN  97.0 ± 0.5  93.7 ± 2.1  79.7 ± 0.6   89.2 ± 2.1  +3.8 ± 5.3 (within noise)  \
                             2.3 ± 2.6             \
   support                            not searched             1.5  3
@@ -205,6 +209,8 @@ def test_golden_text_in_the_terminal_and_in_markdown(faces, capsys):
     text = printed(capsys, faces, "mu1", "--markdown", "--brief")
     assert "|  | ToW | less Trained | D_f less control | UT, s (passes) | n |\n| --- |" in text
     assert "\n| GA | 92.5 ± 1.5 | +7.1 ± 3.7 (better) | 4.3 ± 0.6 | 1.5 (0.2) | 3 |\n" in text
+    old = {"touches": "support", "search": [{"distance": 0.1}], "open": None, "nothing": None}
+    assert E.searched_cell([old, old | {"search": None}]) == "1 (1 of 2 runs, ends not kept)"
     for k in range(3):
         write(faces, "retrain", k, (96.0, 84.0, 81.0, 29.0))
     row = r"^Second gold +96.0 ± 0.0 +84.0 ± 0.0 +81.0 ± 0.0 +99.0 ± 0.0 +\+13.6 ± 0.0 \(better\)"
@@ -214,6 +220,10 @@ def test_golden_text_in_the_terminal_and_in_markdown(faces, capsys):
 def test_runs_of_two_settings_share_no_table(faces, capsys):
     write(faces, "ga", 0, GA[0], setting="z-split0").rename(faces / "ga-seed0.json")
     refused(capsys, "holds x, y and x, z", E.main, ["--table", "mu1", "--results", str(faces)])
+    (faces / "ga-seed0.json").unlink()
+    target, other = faces / "y.jsonl", write(faces / "z", "ga", 0, GA[0], setting="z-split0")
+    E.pack(sorted(faces.glob("x-*")), target)
+    refused(capsys, "holds x, y and x, z", E.pack, [other.parent], target)
 
 
 def test_bad_files_are_named_and_skipped(faces, capsys):
@@ -297,7 +307,7 @@ def test_committed_results_are_printed(path, capsys, tmp_path, monkeypatch):
 
 
 def check_pack(module, faces):
-    """What is packed is read again to six decimals, and a changed run replaces its own line."""
+    """What is packed is read again to six digits, and a changed run replaces its own line."""
     folders, target = sorted(faces.glob("x-*")), faces / "deep" / "packed.jsonl"
     module.pack([folders[0]], target)
     write(faces, "ssd", 1, [100 / 3] * 4, original=(200 / 3, 90.0, 80.0, 1.0))
@@ -320,11 +330,15 @@ def check_pack(module, faces):
     # The first run of each split, and the one that differs, hold the original's row.
     assert sum('"original"' in line for line in before) == 4
     path = faces / "x-y-split1" / "ga-seed0.json"
-    path.write_text(path.read_text().replace('"score": 0.88', '"score": 0.77'))
+    small = json.loads(path.read_text()) | {"chosen": {"unlearn_lr": 2e-9}}
+    path.write_text(json.dumps(small).replace('"score": 0.88', '"score": 0.77'))
     module.pack([path.parent], target)
     after = target.read_text().splitlines()
-    [line] = [new for new, old in zip(after, before, strict=True) if new != old]
+    changed = [new for new, old in zip(after, before, strict=True) if new != old]
+    assert len(changed) == 1
+    (line,) = changed
     assert '"name":"ga","seed":0,"split_seed":1' in line and '"score":0.77' in line
+    assert json.loads(line)["chosen"] == {"unlearn_lr": 2e-9}
 
 
 def check_earlier_result(module, folder, capsys):
@@ -384,8 +398,7 @@ def check_measure(module):
     row = measured(data, split, seen)
     for name, i in split.items():
         right = (logits.argmax(1) == (true if name == "test" else own))[i].double().mean().item()
-        loss = F.cross_entropy(logits[i], own[i]).item()
-        assert row[name] == pytest.approx(dict(score=right, accuracy=right, loss=loss), abs=1e-6)
+        assert row[name] == pytest.approx(dict(score=right, accuracy=right), abs=1e-6)
     assert abs(1 - wrong[split["test"]].mean() - row["test"]["score"]) > 0.01
     controls = [1 - wrong[c].mean() for c in D.control_sets(data, split | {"hash": "ab"}, seen)]
     assert row["control"]["score"] == pytest.approx(controls) and len(set(controls)) > 5
@@ -587,8 +600,9 @@ MUTANTS = {
     "flags not compared": ("if was != now:", "if False:"),
     "--overwrite ignored": ("args.overwrite or not path.is_file()", "not path.is_file()"),
     "every original left out": ('if own["metrics"][row] == known[row]}', "}"),
-    "run appended twice": ("if run_key(run) not in fresh]", "]"),
-    "four decimals": ("round(value, 6)", "round(value, 4)"),
+    "run appended twice": ("list({run_key(run): run for run in runs}.values())", "runs"),
+    "old run kept": ("{run_key(run): run for run in runs}", "{run_key(r): r for r in runs[::-1]}"),
+    "six decimals, not digits": ('float(f"{value:.6g}")', "round(value, 6)"),
 }
 
 
@@ -878,6 +892,7 @@ MISTAKES = {
     "--pack mine.jsonl": "--pack needs --results", "--table all --plot x.png": "draws one table",
     "--figure 4 --plot x.png": "draws one table", "--table mu1 --plot empty": "is a folder",
     "--pack bad.jsonl --results x": "bad.jsonl is no packed file",
+    "--pack x.json --results x": "name a .jsonl file",
     "--pack x/ga-seed0.json/p.jsonl --results x": "cannot write",
 }
 # fmt: on
