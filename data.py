@@ -793,6 +793,8 @@ def setting(args) -> str:
     """What is forgotten from what, as the name of a folder of checkpoints and results."""
     names = {"identities": f"ids{args.ids}", "random": f"random{args.forget_ratio:g}"}
     name = names.get(args.forget) or args.forget + "+".join(str(c) for c in args.forget_classes)
+    if len(name) > 100:  # the name of a folder has 255 bytes at most
+        name = f"{args.forget}-{hashlib.md5(name.encode()).hexdigest()[:8]}"
     name += "-heldout" if args.held_out else ""
     name += f"-n{args.train_images}" if args.train_images else ""
     name += f"-noise{args.label_noise:g}" if args.label_noise else ""
@@ -811,6 +813,7 @@ def shortened(data: dict, split: dict) -> dict:
     owner = data["identities"][forget] if "forget_ids" in split else 0 * forget
     own = [forget[owner == i][: max(1, 64 // len(people))] for i in people]
     short = {name: split[name][:64] for name in ("retain", "val", "test")}
+    short["hash"] = hashlib.sha256(f"dry {split['hash']}".encode()).hexdigest()[:16]
     return split | short | {"forget": np.sort(np.concatenate(own)).tolist()}
 
 

@@ -55,6 +55,7 @@ def test_random_split_holds_every_image_once():
         assert test == np.flatnonzero(is_test).tolist()
     dry = D.make_split(data, arguments("--dry-run", "--forget-ratio", "0.5"))
     assert [len(dry[name]) for name in SETS] == [64, 64, 44, 64]
+    assert dry["hash"] != D.make_split(data, arguments("--forget-ratio", "0.5"))["hash"]
     short, whole = split(data, "--train-images", "200"), split(data)
     assert sum(len(short[name]) for name in SETS[:3]) == 200 and short["test"] == whole["test"]
 
@@ -95,6 +96,9 @@ def test_setting_names_tell_runs_apart():
     names = [D.setting(arguments(*extra.split())) for extra in ("", *other)]
     assert len(set(names)) == len(names) and names[0] == "random0.1-split0"
     assert names[5:7] == ["class1+2-split0", "ids10-split0"]
+    classes = "--forget class --forget-classes " + " ".join(map(str, range(100, 199)))
+    many = [D.setting(arguments(*(classes + last).split())) for last in (" 199", " 200")]
+    assert many[0] != many[1] and max(map(len, many)) < 100  # a folder's name is that short
 
 
 def test_flipped_labels():
