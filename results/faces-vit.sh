@@ -22,6 +22,8 @@ python metaunlearn.py $zero --search --name search --preset selective $few --ret
 python metaunlearn.py $zero --preset selective $full --retain-images 64 --eta 1.0 --alpha 0.0001
 python metaunlearn.py $zero --search --name search --preset paper $few
 python metaunlearn.py $zero --preset paper $full --eta 1.0 --alpha 0.0001
+python metaunlearn.py $zero --search --name search --preset code $few
+python metaunlearn.py $zero --preset code $full --eta 0.0178 --alpha 0.000178
 python evaluate.py --attack $zero --references 1
 for k in 1 2; do
   own="$vit --split-seed $k"
