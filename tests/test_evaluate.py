@@ -543,8 +543,35 @@ def check_search(module, folder, capsys):
         search({"lr": 0.1}, stops, partial=partial)
 
 
+def check_gap(module):
+    """The four gaps by hand: of the unlearned model to the original, for which D_f is D_v."""
+    rng, y = np.random.default_rng(0), torch.arange(400) % 4
+    parts = np.split(np.arange(400), [160, 280])
+    split = dict(zip(("seen", "forget", "val"), map(np.ndarray.tolist, parts), strict=True))
+    sharp = torch.from_numpy(np.repeat([4.0, 3.0, 1.0], [160, 120, 120])).float()[:, None]
+    original = torch.from_numpy(rng.normal(0, 1, (400, 4))).float() + sharp * F.one_hot(y, 4)
+    unlearned = torch.from_numpy(rng.normal(0, 1.5, (400, 4))).float() + 0.6 * original
+    right = [(z.argmax(1) == y).double().numpy() for z in (original, unlearned)]
+    sure = [z.softmax(1)[torch.arange(400), y] for z in (original, unlearned)]
+    seen, forget, val = (split[name] for name in ("seen", "forget", "val"))
+    attack = common.membership_inference
+    want = {"ua": right[0][val].mean() - right[1][forget].mean()}
+    want |= {"ra": right[1][seen].mean() - right[0][seen].mean()}
+    want |= {"ta": right[1][val].mean() - right[0][val].mean()}
+    want["mi"] = attack(*(sure[1][i] for i in (seen, val, forget)))
+    want["mi"] -= attack(*(sure[0][i] for i in (seen, val, val)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "predict", lambda model, data, indices, amp: model[indices])
+        args = types.SimpleNamespace(amp=False)
+        given = unlearned, original, {"targets": y}, split, seen, args
+        got = module.validation_gap(*given)
+    want = {name: abs(float(gap)) for name, gap in want.items()}
+    assert got == pytest.approx(want | {"mean": np.mean([*want.values()])}, abs=1e-6)
+    assert min(want.values()) > 0.01 and len({round(gap, 3) for gap in want.values()}) == 4
+
+
 def check_hold_out(module):
-    """Below rho 1 a part of D_r_hat judges that the method does not get; the real gap, by hand."""
+    """Below rho 1 a part of D_r_hat judges that the method does not get."""
     args = T.parse_args(["--forget", "random"])
     for n, rho, judges in ((1000, 1, 1000), (500, 0.5, 50), (100, 0.1, 30), (40, 0.1, 20)):
         args.rho = rho
@@ -557,6 +584,7 @@ def checks(module, faces, capsys):
     """All that a broken copy must fail."""
     check_search(module, faces, capsys)
     check_hold_out(module)
+    check_gap(module)
     write(faces, "ssd", 0, [50.0] * 4, split_hash="bbbb")
     out = printed(capsys, faces, module=module)
     assert "".join(f"{x}\n" for x in out.split("\n") if "skipped" not in x).startswith(GOLDEN)
@@ -578,6 +606,8 @@ MUTANTS = {
     "RMIA with ties": ("share + 1e-9 *", "share + 0 *"),
     "search with an edge": ("            while better:", "            if better:"),
     "search stuck at a no-op": ("(up and found == least < math.inf)", "False"),
+    "harm to D_r not judged": ('"ra": right["seen"]', '"ra": right["val"]'),
+    "D_f should look like D_r": ('figures(model, "val")', 'figures(model, "forget")'),
     "in vain, not told": ("if least >= nothing", "if least > nothing"),
     "in vain, not counted": ('>= v["nothing"]', '> v["nothing"]'),
     "search of one length": ("length // 2\n    best, open_ends", "0\n    best, open_ends"),

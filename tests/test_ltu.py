@@ -1,9 +1,11 @@
 """LTU against finite differences, brute force, scikit-learn, and itself with a flag changed."""
 
 import copy
+import inspect
 import itertools
 import json
 import pathlib
+import re
 from argparse import Namespace
 from functools import partial
 from types import ModuleType
@@ -299,12 +301,12 @@ def test_z_2_finds_a_nearest_label_and_breaks_ties_at_random():
     assert L.z_2(torch.eye(4)[2:3], groups, rng).item() in (0, 1)
 
 
-def test_random_labels_are_uniform_over_all_classes(digits):
-    """Chi-square at a fixed seed, 9 degrees of freedom: 27.9 is its 99.9 % point."""
-    rng = torch.Generator().manual_seed(0)
-    labels = D.random_labels(digits.data, torch.tensor(digits.seen), 20000, rng)
-    count = np.bincount(labels.numpy(), minlength=10)
-    assert ((count - 2000) ** 2 / 2000).sum() < 27.9
+def test_random_attributes_are_vectors_of_the_pool():
+    """Each of its three images is as likely: chi-square, 2 degrees of freedom, 99.9 % point."""
+    data = {"targets": torch.eye(9)[:, :8], "device": torch.device("cpu")}
+    labels = D.random_labels(data, torch.tensor([1, 4, 6]), 3000, torch.Generator().manual_seed(0))
+    count = labels.sum(0).numpy()
+    assert count.sum() == 3000 and ((count[[1, 4, 6]] - 1000) ** 2 / 1000).sum() < 13.8
 
 
 def test_batches_hold_what_the_paper_says(digits):
@@ -324,6 +326,11 @@ def test_batches_hold_what_the_paper_says(digits):
         assert torch.equal(batch["Q"], D.raw_batch(digits.data, Q))
     pairs = {tuple(batch["attacks"]) for batch in batches}
     assert all(i != j for i, j in pairs) and len(pairs) > 8
+    args = Namespace(**vars(digits.args) | {"augment": "pad-crop", "mi_models": 6})
+    others = [L.draw_batch(*given, t, args) for t in range(20)]
+    assert {i for batch in others for i in batch["attacks"]} == set(range(6))
+    for name, indices in zip("SQ", others[0]["indices"], strict=True):  # cropped
+        assert not torch.equal(others[0][name], D.raw_batch(digits.data, indices))
     again = L.draw_batch(*given, 3, digits.args)
     for name in ("Q", "y_rand"):
         assert torch.equal(again[name], batches[3][name])
@@ -777,6 +784,24 @@ def test_flags_of_unknown_data_are_searched_and_with_identities_on_simulated_req
         _, record = L.search(model, data, split, everyone, everyone, attacks, args)
     read = set(np.concatenate(read).tolist())
     assert len(record["search"]) == 2 and not read & set(split["test"] + split["support"])
+    problems, asked = E.simulated_problems(model, data, split, args), []
+
+    def stand_in(model, data, request, others, *_):
+        asked.append((request["forget"], others))
+        return model, [], 0.0
+
+    def once(start, distance, nothing, args, partial, most):
+        distance(start)
+        return start, most
+
+    monkeypatch.setattr(L, "unlearn", stand_in)
+    monkeypatch.setattr(E, "search", once)
+    _, most = L.search(model, data, split, everyone, everyone, attacks, args)
+    for (forget, others), problem in zip(asked, problems, strict=True):
+        assert forget == problem["sets"]["forget"].tolist() and len(others) > 50
+        assert not {*data["identities"][forget]} & {*data["identities"][others]}
+    n_f, n_r = len(split["forget"]), len(split["retain"])  # S and three query sets are read
+    assert most["passes"] == pytest.approx(0.2 * args.epochs * (n_r + n_f) / (4 * n_f), rel=5e-3)
 
 
 def test_somebodys_own_model_unlearns_and_no_file_is_written(tmp_path, monkeypatch):
@@ -888,16 +913,9 @@ def test_bad_input_gets_one_line_before_anything_is_trained(extra, tmp_path, cap
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".json")]
 
 
-def test_goal_of_the_validation_gap_needs_neither_gold_nor_test(digits):
-    """The untouched model misses in UA and MI alone: its D_f should look like its D_v."""
-    split, y = {name: digits.split[name] for name in ("forget", "val")}, digits.data["targets"]
-    given = digits.model, digits.model, digits.data
-    gap = E.validation_gap(*given, split, digits.seen, digits.args)
-    right = [D.predict(*given[1:], part).argmax(1).eq(y[part]).numpy() for part in split.values()]
-    assert gap["ua"] == pytest.approx(abs(right[0].mean() - right[1].mean())) and gap["ua"] > 0
-    assert gap["ra"] == gap["ta"] == 0
-    split["forget"] = split["val"]
-    assert E.validation_gap(*given, split, digits.seen, digits.args)["mean"] == 0
+def test_an_interrupted_run_goes_on_with_every_flag_of_its_method():
+    typed = re.findall(r'add\("--(?:no-)?([a-z-]+)"', inspect.getsource(L.parse_args))
+    assert {flag.replace("-", "_") for flag in typed} - {"search", "like"} == {*L.METHOD_FLAGS}
 
 
 def test_args_do_not_leak_into_each_other():

@@ -373,6 +373,50 @@ def test_request_sets(small):
     assert {*few.sets[0]["r"]} == training - {*few.forget} - {*few.support}
 
 
+def test_h_phi_is_the_mean_of_its_network_over_images():
+    """Of probabilities, as the authors' code has it; the same for attributes and for classes."""
+    torch.manual_seed(0)
+    f, z, who = torch.randn(5, 4), 3 * torch.randn(5, 3), torch.tensor([1, 0, 2, 2, 1])
+    y, c = torch.randint(2, (5, 3)).float(), torch.tensor([0, 2, 1, 1, 0])
+    right = (z.sigmoid() * y + (1 - z.sigmoid()) * (1 - y)).log()
+    for names, labels, parts in (
+        ("logits,features,targets,ids", y, lambda h: [z.sigmoid(), f, y, h.identity.weight[who]]),
+        ("losses,targets", y, lambda h: [-right, y]),
+        ("features,logits,targets", c, lambda h: [f, z.softmax(1), torch.eye(3)[c]]),
+        ("losses,logits", c, lambda h: [-z.log_softmax(1).gather(1, c[:, None]), z.softmax(1)]),
+    ):
+        h = M.MetaLoss(names.split(","), 3, 4, 3, hidden=6, multilabel=labels is y)
+        want = torch.stack([h.mlp(image) for image in torch.cat(parts(h), 1)]).sum() / 5
+        assert h(f, z, labels, who).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_a_step_takes_the_mean_of_several_requests_of_so_many_people(small, monkeypatch):
+    p = problem(small, "--meta-ids", "2", "--requests-per-step", "3", dtype=torch.float32)
+    number, steps, asked, real = itertools.count(1), [], [], M.simulated_requests
+
+    def requests(data, split, people, *more):
+        asked.append((people, len(list(real(data, split, people, *more)))))
+        return real(data, split, people, *more)
+
+    def gradient(h_phi, *_):
+        own = float(next(number))
+        return own, [torch.full_like(q, own) for q in h_phi.parameters()]
+
+    def step(self):
+        (group,) = self.param_groups
+        assert group["amsgrad"] and group["weight_decay"] == 0
+        steps.append(group["params"][0].grad.mean().item())
+
+    monkeypatch.setattr(M, "simulated_requests", requests)
+    monkeypatch.setattr(M, "request_gradient", gradient)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    p.args.meta_epochs = 1
+    M.meta_train(p.net, p.data, p.split, p.args)
+    [(people, count)] = asked
+    groups = [range(1, count + 1)[i : i + 3] for i in range(0, count, 3)]
+    assert people == 2 and steps == [np.mean(group) for group in groups] and len(groups) > 1
+
+
 def test_a_meta_loss_remembers_every_flag_that_makes_it_another():
     """Else a run with another value of the flag would be given the old meta-loss."""
     typed = re.findall(r'add\("--(?:no-)?([a-z-]+)"', inspect.getsource(M.parse_args))
