@@ -949,11 +949,13 @@ def test_bad_files_get_one_line_and_nothing_half_written_stays(
     fresh = [*copied, "--out", str(tmp_path / "fresh")]
     refused(capsys, "this run has 5", M.main, [*fresh, "--epochs", "5"])
     refused(capsys, "with eta 0.1, this run has 0.2", M.main, [*fresh, "--eta", "0.2"])
-    dry_run = [*fresh, "--dry-run", "--meta-loss", str(meta)]
+    other = [*fresh, "--checkpoint-dir", str(tmp_path / "other"), "--lr", "0.02"]
+    other += ["--meta-loss", str(meta)]
     with monkeypatch.context() as patch:
         patch.setattr(M, "train_both", None)  # it is said before anything is trained
-        refused(capsys, "was made with split", M.main, [*dry_run, "--split-seed", "1"])
-    refused(capsys, "learned for other weights", M.main, dry_run)
+        refused(capsys, "was made with split", M.main, [*other, "--split-seed", "1"])
+        refused(capsys, "was made with split", M.main, [*other, "--dry-run"])
+    refused(capsys, "learned for other weights", M.main, other)
     refused(capsys, "no meta-loss checkpoint", M.main, [*fresh, "--meta-loss", str(original)])
     (tmp_path / "file").write_text("no folder")
     refused(capsys, "cannot write to", M.main, [*copied, "--out", str(tmp_path / "file" / "x")])
