@@ -123,8 +123,8 @@ def train(which: str, data: dict, split: dict, args):
     With --resume training goes on after the last epoch that was kept, of which there is at most one
     a minute. Under torchrun each process takes its share of every batch, and the result is that of
     one process but for rounding, batch-norm statistics and a last batch with fewer images than
-    processes, which is left out. Raises SystemExit(2) for a checkpoint of
-    another split or recipe, and when the loss is no longer finite.
+    processes, which is left out. Raises SystemExit(2) for a checkpoint of another split or recipe,
+    and when the loss is no longer finite.
     """
     assert which in ("original", "gold"), which
     device, (rank, world) = data["device"], rank_and_world()
