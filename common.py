@@ -9,6 +9,7 @@ import contextlib
 import copy
 import datetime
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -475,7 +476,7 @@ class Own(nn.Module):
         linear = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
         self.net, self.head = copy.deepcopy(net), head or linear[-1]
         self.width = net.get_submodule(self.head).in_features  # D
-        self.register_buffer("std", torch.ones(1))
+        self.register_buffer("std", torch.ones(()))  # one number mixes with any device
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         seen, layer = [], self.net.get_submodule(self.head)
@@ -501,8 +502,18 @@ class Own(nn.Module):
 def with_parameters(model, theta_u: dict):
     """A copy of model with the parameters in theta_u in place of its own; all else stays."""
     changed = copy.deepcopy(model)
-    changed.load_state_dict(model.state_dict() | theta_u)
+    changed.load_state_dict(
+        theta_u, strict=False
+    )  # a tied weight has a second name, not in theta_u
     return changed
+
+
+def digest_of(model) -> str:
+    """A hash of all weights and buffers."""
+    digest = hashlib.sha256()
+    for t in model.state_dict().values():
+        digest.update(t.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -703,7 +703,8 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
 
     An epoch passes over all training identities without replacement, n_s at a time; the last block
     is filled from the beginning. Of each identity one random training image is the simulated
-    Support, the others are in the simulated D_f; a single image is in both. The real Support set is
+    Support, the others are in the simulated D_f (Sec. 3.3; Alg. 1 line 3 leaves the Support in D_f
+    too); a single image is in both. The real Support set is
     never touched. Mismatch: simulated Support images were in the training set; the real one was
     not. --held-out (ours) removes it: simulated Support images are then the held-out ones.
     """
@@ -711,9 +712,9 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
     trained_on = np.array(split["retain"] + split["forget"])
     owner = data["identities"][trained_on]
     order = rng.permutation(split["train_ids"])
-    order = order[np.isin(order, owner)]  # someone's only image may be in the real Support set
+    order = order[np.isin(order, owner)]  # in a dry run some have no image left
     held_out = {data["identities"][i]: i for i in split.get("held_out", ())}
-    n_s = min(n_s, len(order))
+    n_s = max(1, min(n_s, len(order) - 1))  # somebody stays
     for start in range(0, len(order), n_s):
         support, forget = [], []
         for i in range(start, start + n_s):
@@ -871,6 +872,17 @@ def draw_augmentation(B: int, args, rng: torch.Generator) -> Tensor:
         corner = torch.randint(0, 2 * PAD + 1, (B, 2), generator=rng)
         return torch.cat([corner, torch.randint(0, 2, (B, 1), generator=rng)], 1)
     return torch.zeros(B, 0)
+
+
+def augmented(data: dict, indices, args, rng: torch.Generator) -> Tensor:
+    """Images at indices as the last epochs of training saw them: (B, 3, S, S) on the device.
+
+    With --plain-epochs these are not augmented. A model that ended on plain images knows its
+    training images by them: on others D_f already looks unseen (results/LOG.md).
+    """
+    if args.plain_epochs:
+        return raw_batch(data, indices)
+    return augment(raw_batch(data, indices), draw_augmentation(len(indices), args, rng))
 
 
 def augment(images: Tensor, drawn: Tensor) -> Tensor:

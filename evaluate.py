@@ -87,16 +87,15 @@ def measure_all(models: dict, data, split, args, seen=()) -> dict:
         if row not in ("original", "retrained") or common.rank_and_world()[1] > 1:
             rows[row] = measure(model, data, split, args.amp, seen)
             continue
-        path, own = checkpoint_folder(args) / f"{row}-seed{args.seed}.measured.json", about.copy()
-        for t in model.state_dict().values():
-            own.update(t.cpu().contiguous().numpy())
+        path = checkpoint_folder(args) / f"{row}-seed{args.seed}.measured.json"
+        own = f"{about.hexdigest()} {common.digest_of(model)}"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(path.read_text())
-            if kept["about"] == own.hexdigest():
+            if kept["about"] == own:
                 rows[row] = kept["measured"]
                 continue
         rows[row] = measure(model, data, split, args.amp, seen)
-        common.write_json(path, {"about": own.hexdigest(), "measured": rows[row]})
+        common.write_json(path, {"about": own, "measured": rows[row]})
     return rows
 
 
@@ -221,7 +220,12 @@ def hold_out(seen: list, args) -> tuple[list, list]:
     return sorted(order[number:]), sorted(order[:number])
 
 
-def judge(unlearn, problems, model, data, split, judged_by, args) -> float:
+def goal_of(model, problems, data, split, judged_by, args) -> dict | None:
+    """What judge compares with: the original's figures with D_v for D_f; None of simulated ones."""
+    return None if problems else validation_figures(model, "val", data, split, judged_by, args)
+
+
+def judge(unlearn, problems, goal, data, split, judged_by, args) -> float:
     """How far a setting is from the goal, the less the better; unlearn gives an unlearned model.
 
     Random samples: the validation gap on the real request. Identities: 1 - ToW of the simulated
@@ -229,10 +233,10 @@ def judge(unlearn, problems, model, data, split, judged_by, args) -> float:
     """
     if problems:
         return 1 - simulated_tow(unlearn, problems, data, args.amp)
-    return validation_gap(unlearn(), model, data, split, judged_by, args)["mean"]
+    return validation_gap(unlearn(), goal, data, split, judged_by, args)["mean"]
 
 
-def validation_gap(unlearned, model, data, split, judged_by, args) -> dict:
+def validation_gap(unlearned, goal: dict, data, split, judged_by, args) -> dict:
     """How far from the goal, judged without gold model and test set: the rule for random samples.
 
     Ours. The goal is the original model, but with D_f looking like the validation images, which it
@@ -240,25 +244,27 @@ def validation_gap(unlearned, model, data, split, judged_by, args) -> dict:
     accuracy on D_v. MI: the share of D_v that the attack (members: judged_by) takes for
     non-members. Returns the four gaps and their mean, in [0, 1].
     """
-    parts = {"seen": judged_by, "val": split["val"], "forget": split["forget"]}
-
-    def figures(m, forget):
-        sure, right = {}, {}
-        for name in {"seen", "val", forget}:
-            logits, y = predict(m, data, parts[name], args.amp), data["targets"][parts[name]]
-            sure[name], right[name] = confidence(logits, y), accuracy(logits, y)
-        mi = membership_inference(sure["seen"], sure["val"], sure[forget])
-        return {"ua": 1 - right[forget], "ra": right["seen"], "ta": right["val"], "mi": mi}
-
-    goal, got = figures(model, "val"), figures(unlearned, "forget")
+    got = validation_figures(unlearned, "forget", data, split, judged_by, args)
     gaps = {name: abs(got[name] - goal[name]) for name in goal}
     return gaps | {"mean": float(np.mean(list(gaps.values())))}
 
 
+def validation_figures(model, forget: str, data, split, judged_by, args) -> dict:
+    """UA and MI of the set called `forget`, RA of judged_by, TA of D_v; see validation_gap."""
+    parts, sure, right = {"seen": judged_by, "val": split["val"]}, {}, {}
+    for name in {*parts, forget}:
+        own = parts.get(name, split[forget])
+        logits, y = predict(model, data, own, args.amp), data["targets"][own]
+        sure[name], right[name] = confidence(logits, y), accuracy(logits, y)
+    mi = membership_inference(sure["seen"], sure["val"], sure[forget])
+    return {"ua": 1 - right[forget], "ra": right["seen"], "ta": right["val"], "mi": mi}
+
+
 TRIES = 12  # settings that a search tries, the same for every method
+IDLE = 1e6  # the rank of a setting that changes nothing: behind all that do, before divergence
 DOES_MORE_WHEN_SMALLER = ("ssd_alpha",)
 SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are moved
-LONGEST = 0.2  # passes over D over those of training: more would be no cheaper than to retrain
+LONGEST = 0.2  # passes over D over those of training, at most
 
 
 def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple[dict, dict]:
@@ -267,22 +273,26 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     start: {flag: value}, the step size first. distance(values) says how far a setting is from the
     goal, nothing how far the original model is. One flag at a time is moved half a decade up or
     down; where that is better it is moved on, so that no range has an edge. Where no move is
-    better, moves become half as long. A step size also grows where nothing changes, for there it is
-    too small to do anything. It ends after TRIES settings, or at moves of a sixteenth of a decade.
-    Returns the best values, and a record: `chosen`, `search` (all that was tried), `nothing` and
-    `open`, flags whose best value is the largest or the smallest tried. partial: where tries are
-    kept, so that --resume does not repeat them. most: bounds {flag: value}, for the start as well,
-    beside those of epochs: LONGEST of training's, or the start's if more.
+    better, moves become half as long. It ends after TRIES settings, or at moves of a sixteenth of a
+    decade. A setting that leaves the model as it is ranks behind all that change it while the
+    search goes on, and from there the step size alone is moved, upwards; it may still be the best
+    in the end. Returns the best values, and a record: `chosen`, `search` (all that was tried),
+    `nothing` and `open`, flags whose best value is the largest or the smallest tried. partial:
+    where tries are kept, so that --resume does not repeat them. most: bounds {flag: value}, for the
+    start as well; SCRUB's epochs with ascent are some of all its epochs.
     """
-    about, known, tried, epochs = flags_of(args), [], [], round(LONGEST * args.epochs)
-    ends = {k: max(start.get(k, 1), epochs) for k in ("unlearn_epochs", "ascent_epochs")}
-    most, start = ends | dict(most), {k: min(v, dict(most).get(k, v)) for k, v in start.items()}
+    about, known, tried, most = flags_of(args), [], [], dict(most)
+    start = {k: min(v, most.get(k, v)) for k, v in start.items()}
     if partial and args.resume and partial.is_file():
         saved = json.loads(partial.read_text())
         known = saved["tried"] if saved["about"] == json.loads(json.dumps(about)) else []
+    common.wait_for_all()  # before one process writes what others still read
 
     def values_at(place: dict) -> dict:
-        return {k: moved(k, v, place[k], most.get(k, math.inf)) for k, v in start.items()}
+        values = {k: moved(k, v, place[k], most.get(k, math.inf)) for k, v in start.items()}
+        if {"ascent_epochs", "unlearn_epochs"} <= values.keys():
+            values["ascent_epochs"] = min(values["ascent_epochs"], values["unlearn_epochs"])
+        return values
 
     def measured(place: dict) -> float:
         values = values_at(place)
@@ -297,7 +307,8 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
             say(f"search {len(tried)}/{TRIES}: {said}: {shown}")
             if partial and common.rank_and_world()[0] == 0:
                 common.write_json(partial, {"about": about, "tried": tried})
-        return own[0]["distance"] if own and own[0]["distance"] is not None else math.inf
+        found = own[0]["distance"] if own else None
+        return math.inf if found is None else IDLE if found == nothing else found
 
     first, place, length = next(iter(start)), dict.fromkeys(start, 0), 8
     stronger = -1 if first in DOES_MORE_WHEN_SMALLER else 1
@@ -305,20 +316,25 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     while length and len(tried) < TRIES:
         before = place
         for flag, way in itertools.product(start, (length, -length)):
-            better = True
+            up = flag == first and way * stronger > 0
+            better = up or least != IDLE
             while better:
                 new = place | {flag: place[flag] + way}
-                found, up = measured(new), flag == first and way * stronger > 0
+                found = measured(new)
                 changes = values_at(new) != values_at(place)
-                better = changes and (found < least or (up and found == least < math.inf))
+                better = changes and (found < least or (up and found == least == IDLE))
                 place, least = (new, found) if better else (place, least)
         length = length if place != before else length // 2
-    best, open_ends = values_at(place), []
+    finite = [t for t in tried if t["distance"] is not None]
+    won = min(finite, key=lambda t: t["distance"], default=tried[0])
+    best, open_ends, least = {flag: won[flag] for flag in start}, [], won["distance"]
     for flag, value in best.items():
         others = [t[flag] for t in tried]
         bound = value == most.get(flag) or (isinstance(value, int) and value == 1)
-        if value in (min(others), max(others)) and not bound:
+        bound |= flag == "ascent_epochs" and value == best["unlearn_epochs"]
+        if value in (min(others), max(others)) and not bound and least != nothing:
             open_ends.append(flag)
+    least = math.inf if least is None else least
     if least >= nothing:
         say(f"no setting tried beats the original model as it is (distance {100 * nothing:.2f})")
     return best, {"chosen": best, "search": tried, "nothing": nothing, "open": open_ends}

@@ -40,6 +40,7 @@ No official code exists. Where the paper is silent this is what we do:
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -54,16 +55,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
 import evaluate
 from common import autocast, clock, fail, flag_name, generator, say, task_losses
-from data import (
-    augment,
-    draw_augmentation,
-    of_tensors,
-    predict,
-    random_labels,
-    raw_batch,
-    reachable,
-    targets_of,
-)
+from data import augmented, of_tensors, predict, random_labels, reachable, targets_of
 from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train_both
 
@@ -101,14 +93,18 @@ def meta_gradient(tune_loss, test_loss, theta: dict, alpha: float, first_order=F
     second_order = alpha > 0 and not first_order
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         L_tune = tune_loss(leaf)  # Eq. (1)
-        g_tune = torch.autograd.grad(L_tune, list(leaf.values()), create_graph=second_order)
+        every = dict(create_graph=second_order, materialize_grads=True)
+        g_tune = torch.autograd.grad(L_tune, list(leaf.values()), **every)
     pairs = zip(leaf.items(), g_tune, strict=True)
     theta_tau = {k: (p - alpha * g).detach().requires_grad_() for (k, p), g in pairs}  # Eq. (2)
     L_test = test_loss(theta_tau)  # Eq. (3), summed
-    v = torch.autograd.grad(L_test, list(theta_tau.values()))
+    v = torch.autograd.grad(L_test, list(theta_tau.values()), materialize_grads=True)
     gradient = [g + w for g, w in zip(g_tune, v, strict=True)]
     if second_order:
-        H_v = torch.autograd.grad(g_tune, list(leaf.values()), v, materialize_grads=True)
+        # Of a parameter that the model does not use, g is 0 and has no graph.
+        graph = [(g, w) for g, w in zip(g_tune, v, strict=True) if g.requires_grad]
+        outputs, weights = [g for g, _ in graph], [w for _, w in graph]
+        H_v = torch.autograd.grad(outputs, list(leaf.values()), weights, materialize_grads=True)
         gradient = [g - alpha * h for g, h in zip(gradient, H_v, strict=True)]
     return [g.detach() for g in gradient], L_tune.item(), L_test.item()  # of Eq. (4)
 
@@ -164,27 +160,28 @@ def label_vectors(data, indices) -> Tensor:
     return targets if targets.ndim == 2 else F.one_hot(targets, data["classes"]).float()
 
 
-def draw_batch(data, forget: Tensor, seen: Tensor, z_1, groups, t: int, args) -> dict:
+def draw_batch(data, forget: Tensor, seen: Tensor, z_1, groups, t: int, args, sets="SQ") -> dict:
     """S and D_Au (the same k images of D_f), Q_1..Q_3 and two MI models of iteration t.
 
     seen: indices of D_r_hat; z_1, groups: of z_1_table and by_label. Returns S (k, 3, H, W) with
-    y_rand and its true labels y; Q (3k, ...) with y_Q; attacks (i, j); iteration; indices. All of
-    it depends on --seed and t alone, so that resuming equals never having stopped.
+    y_rand and its true labels y; Q (3k, ...) with y_Q; attacks (i, j); iteration; indices. sets:
+    whose images are read, S or Q or both. All of it depends on --seed and t alone, so that resuming
+    equals never having stopped.
     """
     rng = generator(args.seed, t, 8)
     k = min(args.support_size, len(forget))
     rows = torch.randperm(len(forget), generator=rng)[:k]
     S = forget[rows]
-    queries = [z_1[rows], z_2(label_vectors(data, S), groups, rng), z_3(seen, k, rng)]
-    Q = torch.cat(queries)  # (3k,)
+    drawn = z_2(label_vectors(data, S), groups, rng), z_3(seen, k, rng)
+    Q = torch.cat([z_1[rows], *drawn]) if "Q" in sets else S[:0]  # (3k,)
     batch = {"iteration": t, "y_rand": random_labels(data, seen, k, rng), "indices": (S, Q)}
-    for name, indices in (("S", S), ("Q", Q)):
-        batch[name] = augment(raw_batch(data, indices), draw_augmentation(len(indices), args, rng))
-    # raw_batch's channels_last makes the double backward of batch norm slow (measured on CPUs).
-    batch["S"] = batch["S"].contiguous()
-    batch |= {"y": targets_of(data, S), "y_Q": targets_of(data, Q)}
     batch["attacks"] = torch.randperm(args.mi_models, generator=rng)[:2].tolist()  # i != j
-    return batch
+    if "S" in sets:
+        # raw_batch's channels_last makes the double backward of batch norm slow (measured on CPUs).
+        batch["S"] = augmented(data, S, args, rng).contiguous()
+    if "Q" in sets:
+        batch["Q"] = augmented(data, Q, args, rng)
+    return batch | {"y": targets_of(data, S), "y_Q": targets_of(data, Q)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,12 +388,16 @@ def forgetting(student, theta, batch: dict, attacks, alpha, args) -> tuple[list[
     return g_f, {"mi_tune": tune, "mi_test": test}
 
 
+def turns(t: int, args) -> tuple[bool, bool]:
+    """Whether iteration t has a remembering and a forgetting feedback."""
+    if args.combine == "iterative":  # in turns; t = 0 is the first iteration, an odd one
+        return t % 2 == 1, t % 2 == 0
+    return args.remfeed, args.forfeed
+
+
 def iteration(student, theta, batch: dict, attacks, args) -> tuple[list[Tensor], dict]:
     """One iteration's gradient G = g_r + g_f', and its losses and cosine; batch: see draw_batch."""
-    remember, forget = args.remfeed, args.forfeed
-    if args.combine == "iterative":  # in turns; t = 0 is the first iteration, an odd one
-        odd = batch["iteration"] % 2 == 0
-        remember, forget = not odd, odd
+    remember, forget = turns(batch["iteration"], args)
     alpha = args.alpha if args.metaopt else 0.0
     g_r, told = remembering(student, theta, batch, alpha, args) if remember else (None, {})
     if not forget:
@@ -413,7 +414,8 @@ def plain_gradient(student, theta, batch: dict, args) -> tuple[list[Tensor], dic
     """FT, the bar beside LTU: the gradient of the query losses alone, at theta."""
     leaf = {k: p.detach().requires_grad_() for k, p in theta.items()}
     L = query_loss(student, leaf, batch, args)
-    return torch.autograd.grad(L, list(leaf.values())), {"test": L.item()}
+    G = torch.autograd.grad(L, list(leaf.values()), materialize_grads=True)
+    return G, {"test": L.item()}
 
 
 def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu"):
@@ -429,7 +431,9 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     before = data.get("read", 0)
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
-    z_1, groups = z_1_table(model, data, forget, seen, args.amp), by_label(data, seen)
+    remembers = args.remfeed or method == "ft"
+    z_1 = z_1_table(model, data, forget, seen, args.amp) if remembers else None
+    groups = by_label(data, seen)
     identity = {"split": split["hash"], "method": method, "images": len(seen)}
     identity |= {flag: getattr(args, flag) for flag in METHOD_FLAGS}
     first, log = 0, []
@@ -443,11 +447,14 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     total = 2 if args.dry_run else max(1, round(args.passes * len(forget) / k))
 
     for t in range(first, total):
-        batch = draw_batch(data, forget, seen, z_1, groups, t, args)
-        if method == "ft":
-            G, told = plain_gradient(student, theta, batch, args)
-        else:
-            G, told = iteration(student, theta, batch, attacks, args)
+        sets = "Q" if method == "ft" else "SQ" if turns(t, args)[0] else "S"
+        batch = draw_batch(data, forget, seen, z_1, groups, t, args, sets)
+        with torch.random.fork_rng():  # dropout draws from the global generator
+            torch.manual_seed(generator(args.seed, t, 8, 1).initial_seed())
+            if method == "ft":
+                G, told = plain_gradient(student, theta, batch, args)
+            else:
+                G, told = iteration(student, theta, batch, attacks, args)
         beta = args.beta * 0.5 * (1 + math.cos(math.pi * t / total))
         with torch.no_grad():
             for p, g in zip(theta.values(), G, strict=True):
@@ -553,11 +560,16 @@ def parse_args(argv=None):
 
 
 def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> tuple[dict, dict]:
-    """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
+    """Choose the flags args.search by evaluate.search, as those of every baseline are chosen.
+
+    With identities the MI models, trained once, know some images of a simulated D_f as members;
+    of the real D_f they know none.
+    """
     problems = None
     if args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
-    judged = (problems, model, data, split, judges, args)
+    of_data = data, split, judges, args
+    judged = problems, evaluate.goal_of(model, problems, *of_data), *of_data
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values)
@@ -571,9 +583,10 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
 
         return evaluate.judge(unlearned, *judged)
 
-    # An iteration reads S and N query sets.
+    # An iteration reads S and, where it remembers, N query sets.
+    remembers = np.mean([turns(t, args)[0] for t in (0, 1)])
     D = len(split["retain"]) + len(split["forget"])
-    most = evaluate.LONGEST * args.epochs * D / ((1 + N) * len(split["forget"]))
+    most = evaluate.LONGEST * args.epochs * D / ((1 + N * remembers) * len(split["forget"]))
     start = {flag: float(getattr(args, flag)) for flag in args.search}
     if "passes" in start:
         start["passes"] = min(start["passes"], float(f"{most:.3g}"))
@@ -647,7 +660,7 @@ def main(argv=None):
         say(f"no step sizes for {args.dataset} are known, and none are given: they are searched")
     data, split = open_data(args, device)
     seen = reachable(split, args.rho, args.split_seed)
-    if len(seen) < 10:
+    if len(seen) < 10 and not args.dry_run:
         whole = len(split["retain"])
         fail(f"--rho {args.rho} leaves {len(seen)} of {whole} images of D_r; ten are the least")
     say(f"D_r_hat: {len(seen):,} images (rho {args.rho:g})")
@@ -667,10 +680,12 @@ def main(argv=None):
     have = (model, data, split, at_hand, attacks, args)
     unlearned, log, seconds["unlearn"] = unlearn(*have, partial)
     more["passes"] = (data["read"] - read) / (len(split["retain"]) + len(split["forget"]))
-    finetuned, _, seconds["ft"] = unlearn(*have, method="ft")
+    models = {"original": model, "retrained": gold}
+    with contextlib.suppress(SystemExit):  # where the bar diverges, LTU's model is not lost
+        models["ft"], _, seconds["ft"] = unlearn(*have, method="ft")
+    models["unlearned"] = unlearned
 
     begin = clock(device)
-    models = {"original": model, "retrained": gold, "ft": finetuned, "unlearned": unlearned}
     rows = evaluate.measure_all(models, data, split, args, seen)
     seconds["evaluate"] = clock(device) - begin
     access = {"unlearning": [*reads, "val"] if args.forfeed else reads}

@@ -54,6 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import SequentialSampler
 
 import baselines
 import common
@@ -83,7 +84,7 @@ from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 # What --dataset and --preset bring along; a flag on the command line wins. Values: authors' code,
-# but for toyfaces and selective.
+# but for toyfaces, qmnist and selective.
 _CODE = dict(hidden=512, dropout=0.5, alpha=1e-4)
 _FACES = dict(_CODE, meta_batch_size=64)
 _DATASETS = {"celebahq": _FACES, "celeba": _FACES, "qmnist": dict(meta_epochs=1)}
@@ -205,7 +206,7 @@ def inner_step(theta: dict, gradient, eta) -> dict:
 
 
 def auxiliary_loss(L: dict, mAP: dict, args) -> Tensor:
-    """A from the mean losses and mAPs of its sets. Source: Eq. (5) and (8), Table 3.
+    """A from the mean losses and mAPs of its sets. Source: Eq. (5) and (8), Alg. 1 lines 14, 15.
 
     Keys: f = (D_f; theta_u), v = (D_v; theta_u), v0 = (D_v; theta), r = retained images (see
     image_losses). args: aux_loss, accuracy_weight, retain_weight, preset.
@@ -283,7 +284,7 @@ def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
     theta_u = inner_step(theta, g, [e.detach() for e in etas])
     theta_u = {k: p.detach().requires_grad_() for k, p in theta_u.items()}
     loss = A(theta_u)
-    v = torch.autograd.grad(loss, list(theta_u.values()))
+    v = torch.autograd.grad(loss, list(theta_u.values()), materialize_grads=True)
     tangent = h_phi.direction(theta, [e.detach() * d for e, d in zip(etas, v, strict=True)])
     tangent = dict(zip(theta, tangent, strict=True))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
@@ -315,7 +316,8 @@ def request_sets(split: dict, support, forget, args, rng) -> list[dict]:
     """
     code, sets = args.preset == "code", []
     everyone = split["retain"] + split["forget"]
-    others = np.setdiff1d(everyone, np.concatenate([support, forget]))  # before D_f shrinks
+    # D_r of the request, Alg. 1 line 4: before --forget-images leaves a part of D_f alone.
+    others = np.setdiff1d(everyone, np.concatenate([support, forget]))
     if 0 < args.forget_images < len(forget):
         forget = rng.choice(forget, args.forget_images, replace=False)
     size = PAIR if code else len(forget)
@@ -366,7 +368,7 @@ def mean_loss(name: str, f, theta_u: dict, data, indices, original: dict, args) 
             losses = image_losses(name, logits, targets_of(data, part), logits_0, scrub)
             mean = losses.sum() / len(indices)
         if not constant:
-            own = torch.autograd.grad(mean, list(leaf.values()))
+            own = torch.autograd.grad(mean, list(leaf.values()), materialize_grads=True)
             gradient = torch._foreach_add(gradient, own) if gradient else own
         total = total + mean.detach()
         found.append(logits.detach())
@@ -444,6 +446,7 @@ def fisher_of(model, data, split, args) -> dict | None:
 def request_gradient(h_phi, model, request, data, split, original, args, rng) -> tuple:
     """A and grad_phi A of one simulated request (support, forget). Source: Alg. 1 lines 9-15."""
     support, forget = request
+    # f_S runs S, f all else: with --preset code S is never in bf16, and theta lacks two tensors.
     (f_S, theta), f = f_and_theta(model, args), model_function(model, args.amp)
     sets = request_sets(split, support, forget, args, rng)
     S = support_batch(data, split["train_ids"], support)
@@ -511,8 +514,9 @@ def meta_train(model, data, split, args, fisher=None, path=None) -> tuple[MetaLo
         groups.append({"params": list(h_phi.log_step), "peak": args.alpha_step})
     optimizer = torch.optim.AdamW(groups, lr=args.alpha, weight_decay=0.0, amsgrad=True)
     partial, first = path and path.with_suffix(".partial.pt"), 0
+    unfinished = content | {"weights": common.digest_of(model)}
     if partial and args.resume and partial.is_file():
-        saved = load_checkpoint(partial, "partial meta-loss", **content)
+        saved = load_checkpoint(partial, "partial meta-loss", **unfinished)
         with common.reading(partial):
             h_phi.load_state_dict(saved["phi"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -536,7 +540,7 @@ def meta_train(model, data, split, args, fisher=None, path=None) -> tuple[MetaLo
         due = epoch + 1 < epochs and now - saved_at >= common.PARTIAL_EVERY
         if partial and rank == 0 and due:
             state = dict(phi=h_phi.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
-            state |= dict(seconds=now - begin, **content)
+            state |= dict(seconds=now - begin, **unfinished)
             save_checkpoint(partial, kind="partial meta-loss", **state)
             saved_at = now
     seconds = common.clock(device) - begin
@@ -562,7 +566,7 @@ def simulated_unlearning(h_phi, model, data, split, args):
 
 def search(model, data, split, args, fisher=None, partial=None) -> tuple[dict, dict]:
     """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
-    judged = (evaluate.simulated_problems(model, data, split, args), model, data, split, None, args)
+    judged = (evaluate.simulated_problems(model, data, split, args), None, data, split, None, args)
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values | {"resume": False})
@@ -585,17 +589,24 @@ def learn_loss(model, D, identities, D_v, head=None, **flags) -> MetaLoss:
     model: images -> logits (B, K), see common.Own. D, D_v: see data.of_tensors; identities (N,):
     who is in each image of D, whole numbers. flags: ids (people in a request), seed, preset and
     others of METAUNLEARN's on the command line, eta=0.1; h_phi does not see who it is. Raises
-    TypeError for another flag.
+    TypeError for another flag, ValueError where identities cannot be those of D's images.
     """
     args = parse_args(["--preset", flags.pop("preset", "paper"), "--dataset", "own/pair"])
-    args.inputs = ",".join(name for name in args.inputs.split(",") if name != "ids")
     wrong = set(flags) - {*META_FLAGS, "ids", "seed"}
     if wrong:
         raise TypeError(f"metaunlearn has no {wrong}")
     args = argparse.Namespace(**vars(args) | flags | {"amp": False})
+    args.inputs = ",".join(name for name in args.inputs.split(",") if name != "ids")
+    if not isinstance(getattr(D, "sampler", SequentialSampler([])), SequentialSampler):
+        raise ValueError("D comes in another order than identities; give the Dataset itself")
     own = common.Own(model, head)
     data, split = of_tensors(own, {"retain": D, "val": D_v})
     who = np.asarray(identities)
+    n = len(split["retain"])
+    if who.shape != (n,) or len(np.unique(who)) < 2:
+        raise ValueError(
+            f"identities: one number for each of D's {n} images, of two people or more"
+        )
     data["identities"] = np.concatenate([who, np.full(len(split["val"]), who.min() - 1)])
     split |= {"forget": [], "support": [], "train_ids": np.unique(who).tolist()}
     fisher = fisher_of(own, data, split, args)
@@ -639,12 +650,9 @@ def meta_loss_content(data, split, args) -> dict:
 
 def earlier_meta_loss(path, data, split, args) -> dict | None:
     """The content of the file at path, checked before anything is trained; None: to be learned."""
-    expected = meta_loss_content(data, split, args)
-    if args.meta_loss:  # one of another seed may be used
-        del expected["seed"]
-    elif args.overwrite or not path.is_file():
+    if not args.meta_loss and (args.overwrite or not path.is_file()):
         return None
-    return load_checkpoint(path, "meta-loss", **expected)
+    return load_checkpoint(path, "meta-loss", **meta_loss_content(data, split, args))
 
 
 def restore_meta_loss(saved: dict, path, model, data, split, args) -> tuple[MetaLoss, float]:
@@ -734,8 +742,8 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     models["unlearned"] = with_parameters(model, theta_u)
     rows = evaluate.measure_all(models, data, split, args)
     seconds["evaluate"] = common.clock(data["device"]) - done
-    reads = ["retain", "forget", "val"]
-    access = {"meta-training": reads + ["held_out"] if args.held_out else reads}
+    reads = ["retain", "forget", "val", *(["held_out"] if args.held_out else [])]
+    access = {"meta-training": reads}
     access |= {"unlearning": ["support"], "ascent": ["support"], "choosing the ascent step": reads}
     access |= {"choosing flags": reads} if args.search else {}
     more |= dict(simulated_tow=simulated, ascent_step=ascent_step)
@@ -785,7 +793,8 @@ def parse_args(argv=None):
         help="ours: the step (I + F / DAMPING)^-1 times the gradient, F the Fisher information of "
         "the training data, which is stored with phi")
     add("--requests-per-step", type=common.count, default=world,
-        help="simulated requests averaged in one step; authors' code: 1")
+        help="simulated requests averaged in one step, left out: the number of processes; "
+        "authors' code: 1")
     add("--search", action="store_true",
         help="first choose eta, alpha and meta-epochs, those not given, on simulated requests")
     add("--hypergradient", choices=("forward", "double"), default="forward",

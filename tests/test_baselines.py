@@ -6,7 +6,6 @@ The exact properties are functions of a module, so that test_mutants_are_caught 
 on a broken copy of baselines.py too.
 """
 
-import argparse
 import contextlib
 import copy
 import inspect
@@ -120,7 +119,7 @@ def dense_step(gradients, g, damping):
 
 def labels_given(module, method, p, **changes):
     """Batches in the order of the steps, and {image: the labels with which it was trained}."""
-    views = patch.object(module, "images_of", wraps=module.images_of)
+    views = patch.object(module, "augmented", wraps=module.augmented)
     losses, given = patch.object(module, "task_losses", wraps=module.task_losses), {}
     with views as views, losses as losses:
         apply(module, method, p, **changes)
@@ -153,11 +152,35 @@ def check_modes(module):
     for method in ("ft", "randl", "amnesiac", "salun"):
         student = apply(module, method, p, unlearn_lr=1e-3, unlearn_epochs=1)
         assert not torch.equal(student.features[1].running_mean, p.model.features[1].running_mean)
-    q = problem(side=8)
-    cropped = argparse.Namespace(**vars(q.args) | {"augment": "pad-crop"})
-    for args, same in ((q.args, True), (cropped, False)):
-        seen = module.images_of(q.data, torch.arange(9), args, torch.Generator().manual_seed(0))
-        assert torch.equal(seen, pixels(q, torch.arange(9))) == same
+    trains = {"ft": 48, "randl": 60, "amnesiac": 60, "badt": 60, "scrub": 60, "salun": 72}
+    forward, build = Small.forward, patch.object(module, "build_model")
+    for method in [method for method in module.METHODS if method != "retrain"]:
+        training, draw = set(), patch.object(D, "draw_augmentation", wraps=D.draw_augmentation)
+
+        def note(self, images, training=training):
+            training |= {id(self)} if self.training else set()
+            return forward(self, images)
+
+        with patch.object(Small, "forward", note), draw as draw, build as bad:
+            bad.return_value = linear(norm=True).train()
+            changes = dict(unlearn_lr=1e-3, unlearn_epochs=1, ascent_epochs=1)
+            apply(module, method, p, **changes, unlearn_batch_size=60)
+        # One model trains at most; as many images were augmented, SalUn's mask among them.
+        assert len(training) == (method in trains), method
+        assert sum(call.args[0] for call in draw.call_args_list) == trains.get(method, 0), method
+        if method == "badt":
+            assert bad.call_args.kwargs == {"seed": 2}  # the original model's is 0, gold's 1
+
+
+def check_seeds(module):
+    """What draws at random draws otherwise with another seed, and with another split seed."""
+    p, changes = problem(multilabel=True), dict(unlearn_epochs=1, unlearn_batch_size=5)
+    for method in ("ft", "randl", "amnesiac", "fisher", "salun", "scrub", "jit", "influence"):
+        seeds = [dict(seed=seed, split_seed=k) for seed, k in ((0, 0), (1, 0), (0, 1))]
+        students = [flat(apply(module, method, p, **changes, **own)) for own in seeds]
+        assert torch.equal(students[0], flat(apply(module, method, p, **changes))), method
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert not torch.equal(students[one], students[other]), method
 
 
 def check_ga(module):
@@ -265,6 +288,13 @@ def check_ssd(module):
     assert all((t.abs() <= old.abs() + 1e-9).all() for t in (new, strong))
     assert not torch.equal(new, old)
     assert torch.equal(flat(apply(module, "ssd", p, ssd_alpha=1e9)), old)
+    # People's D is a statistic from before the request: read in its own order.
+    p.args.forget, whole = "identities", squared(order)
+    new = flat(apply(module, "ssd", p, ssd_alpha=1.2, ssd_lambda=0.5, all_pictures=True))
+    for w, f, d, got in zip(old, squared(D_f), whole, new, strict=True):
+        expected = w * min(0.5 * d / f, 1) if f > 1.2 * d else w
+        assert got.item() == pytest.approx(expected.item(), rel=1e-4)
+    p.args.forget = "random"
     # alpha p >= 1 selects nothing, whatever the data.
     p.sets["forget"] = torch.arange(8)
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -334,7 +364,16 @@ def check_scrub(module):
 def check_salun(module):
     """The globally largest |gradient| in eval mode move; the others keep every bit, with decay."""
     p, changes = problem(norm=True), dict(unlearn_lr=0.1, unlearn_epochs=3, mask_share=0.25)
-    change = flat(apply(module, "salun", p, **changes, DECAY=0.1)) - flat(p.model)
+    descend, before = module.descend, []
+
+    def note(optimizer, loss):
+        before.append(parameters_to_vector(optimizer.param_groups[0]["params"]).detach().clone())
+        descend(optimizer, loss)
+
+    with patch.object(module, "descend", note):
+        change = flat(apply(module, "salun", p, **changes, DECAY=0.1)) - flat(p.model)
+    for theta in before:  # put back after each step, not at the end alone
+        assert torch.equal(theta[change == 0], flat(p.model)[change == 0])
     total = sum(gradient(p, batch) for batch in p.sets["forget"].split(8)).abs()
     chosen = total.argsort(descending=True)[: round(0.25 * len(total))]
     assert change.nonzero().flatten().tolist() == sorted(chosen.tolist())
@@ -607,7 +646,15 @@ MUTANTS = {
     "ft new_optimizer": [(", weight_decay=DECAY", ""), ('== "adam"', '== "no"')],
     "modes ft": [(TRAIN, "pass\n")], "modes randl": [(TRAIN, "pass\n")],
     "modes amnesiac": [(TRAIN, "pass\n")],
-    "modes images_of": [("draw_augmentation(len(indices), args, rng)", "torch.zeros(1, 0)")],
+    "modes ssd": [("I_f = importance", "student.train(); I_f = importance")],
+    "modes influence": [("theta = dict(", "student.train(); theta = dict(")],
+    "modes badt": [(".eval()", ""), ("3 * args.seed + 2", "2 * args.seed"), 
+             ("augmented(data, batch, args, rng)", "raw_batch(data, batch)")],
+    "modes scrub": [(TRAIN, "pass\n")],
+    "modes ga": [("data, batch, args)", "data, batch, args, rng)")],
+    "modes salun": [("args, rng)\n        torch", "args)\n        torch")],
+    "seeds run": [("generator(args.seed,", "generator(0,"), ("args.split_seed, list", "0, list")],
+    "seeds influence": [("(args.seed, args.split_seed, 11)", "(0, 0, 11)")],
     "ga": [("-loss_of", "loss_of"), ("    for _ in", f"    {TRAIN}    for _ in")],
     "ga access": [('= "support"', '= "forget"')],
     "randl": [('("forget", "retain")', '("retain", "forget")'),
@@ -617,7 +664,8 @@ MUTANTS = {
     "amnesiac loss_of": [("if labels is None else labels", "")],
     "fisher fisher_diagonal": [(".pow(2).sum(0)", ".sum(0).pow(2)")],  # of the batch
     "fisher_noise fisher": [("variance.sqrt()", "variance"), (".clamp(max=FISHER_CAP)", "")],
-    "ssd": [("f > args", "f < args"), (".clamp(max=1)", ""), ("[D[~inside], D[inside]]", "[D]")],
+    "ssd": [("f > args", "f < args"), (".clamp(max=1)", ""), ("[D[~inside], D[inside]]", "[D]"),
+            (' & (args.forget != "identities")', "")],
     "fisher labels_of_the_model": [("p[:, c]", "torch.ones(B)")],
     "labels labels_of_the_model": [("draw + torch.rand", "torch.rand"), ("/ DRAWS\n", "/ 4\n")],
     "ssd importance": [("part.tensor_split(max(1, round(len(part) / size)))", "part.split(8)"),
@@ -770,7 +818,7 @@ def test_a_method_is_handed_its_sets_and_s_or_all_pictures(whole, monkeypatch):
         monkeypatch.setitem(record, "run", lambda student, data, have, *_: handed.update(have))
         args = B.own_args(method, p.args, forget="identities", all_pictures=whole)
         handed.clear()
-        B.run(method, p.model, p.data, p.sets | {"split": {}}, args)
+        B.run(method, p.model, p.data, p.sets | {"split": {"retain": []}}, args)
         more = {"stored", "split"} if method == "retrain" else {"stored"}
         assert set(handed) == {*record["touches"], *more}
         of_support = method in SUPPORTED and not whole
@@ -832,8 +880,13 @@ def test_of_somebodys_own_model_the_step_is_the_same_and_flags_are_searched(monk
         assert torch.allclose(flat(without), flat(net) + 0.5 * parameters_to_vector(g), atol=1e-6)
     with patch.object(evaluate, "search", wraps=evaluate.search) as search:
         monkeypatch.setattr(evaluate, "TRIES", 2)
-        B.forget("scrub", net, D_f, D_r, D_v, ascent_epochs=1)
+        found = B.forget("scrub", net, D_f, D_r, D_v, ascent_epochs=1)
     assert list(search.call_args.args[0]) == ["unlearn_lr", "unlearn_epochs"]
+    chosen = {"unlearn_lr": 0.001, "unlearn_epochs": 2}
+    with patch.object(evaluate, "search", return_value=(chosen, {})) as search:
+        found = B.forget("scrub", net, D_f, D_r, D_v, ascent_epochs=1)
+    by_hand = B.forget("scrub", net, D_f, D_r, ascent_epochs=1, **chosen)
+    assert torch.equal(flat(found), flat(by_hand))  # what is found is used
     with pytest.raises(TypeError, match="no {'radius'}"):
         B.forget("ga", net, D_f, radius=1.0)
     with pytest.raises(TypeError, match="needs D_r"):
@@ -845,6 +898,37 @@ def test_of_somebodys_own_model_the_step_is_the_same_and_flags_are_searched(monk
     fresh = wrapped.untrained(1)
     pairs = zip(fresh.parameters(), net.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in pairs if a.ndim > 1)
+
+
+def test_somebodys_own_model_may_drop_out_have_spare_layers_and_refuse_empty_batches():
+    class Unusual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.spare, self.drop = nn.Linear(192, 8), nn.Linear(8, 5), nn.Dropout(0.5)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.drop(self.body(x.view(x.size(0), -1)).relu()))
+
+    _, D_f, D_r, _ = somebodys()
+    torch.manual_seed(0)
+    net, few = Unusual().eval(), tuple(t[:2] for t in D_f)
+    with pytest.raises(RuntimeError):
+        net(D_f[0][:0])
+    for method in [method for method in B.METHODS if method != "retrain"]:
+        flags = (
+            {"unlearn_batch_size": 4} if "unlearn_batch_size" in B.METHODS[method]["flags"] else {}
+        )
+        torch.manual_seed(1)
+        one = B.forget(method, net, few, D_r, **flags)
+        after = torch.rand(())
+        torch.manual_seed(1)
+        assert method == "badt" or torch.equal(after, torch.rand(()))  # the caller's generator
+        torch.manual_seed(2)
+        assert torch.equal(flat(one), flat(B.forget(method, net, few, D_r, **flags))), method
+        assert torch.equal(one.spare.bias, net.spare.bias) or method in ("fisher", "badt"), method
+    # One number, which mixes with images on any device.
+    assert common.Own(net, "head").std.ndim == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -992,6 +1076,8 @@ def test_retrain_is_the_gold_model_of_another_seed(trained, tmp_path):
     again = B.main([*run.flags, "--method", "retrain", "--overwrite"])["Second gold"]
     assert again["passes"] == again["retrain_passes"]  # though it was only loaded
     assert again["seconds"]["unlearn"] == run.results["retrain"]["seconds"]["unlearn"] > 0.01
+    part = B.main([*trained["random"].flags, "--method", "retrain", "--overwrite"])["Second gold"]
+    assert part["flags"]["rho"] < 1 and part["passes"] == part["retrain_passes"]  # D_r is whole
 
 
 def test_search_reads_neither_test_set_nor_gold(trained):
@@ -1022,16 +1108,20 @@ def test_search_of_a_method_that_reads_d_r_passes_over_it_a_fifth_as_often(train
     def searched(start, distance, nothing, args, partial, most):
         bounds[method] = dict(most)
         judges = B.sets_of(split, args)["judges"].tolist()
-        assert nothing == evaluate.validation_gap(model, model, data, split, judges, args)["mean"]
+        goal = evaluate.goal_of(model, None, data, split, judges, args)
+        assert nothing == evaluate.validation_gap(model, goal, data, split, judges, args)["mean"]
         return start, {}
 
     monkeypatch.setattr(evaluate, "search", searched)
     args, data, split, model = opened(trained["random"], "--search")
     args.epochs = 7
+    sets = {"forget": 20, "retain": 55, "statistics": 200}
+    sets = B.sets_of(split, args) | {name: torch.arange(n) for name, n in sets.items()}
     for method in ("ft", "scrub", "pgu", "ga"):
-        B.search(method, model, data, split, B.sets_of(split, args), args)
-    once = {"unlearn_epochs": 1}
-    assert bounds == {"ft": once, "scrub": once, "pgu": {}, "ga": {}}
+        B.search(method, model, data, split, sets, args)
+    # 0.2 * 7 = 1.4 passes over 200 images are 280: epochs of 55, of 75, of 20.
+    most = {"ft": 5, "scrub": 3, "pgu": 14, "ga": 14}
+    assert bounds == {method: {"unlearn_epochs": n} for method, n in most.items()}
 
 
 def test_search_computes_a_stored_statistic_once_and_finds_the_same(trained, monkeypatch):
@@ -1097,7 +1187,8 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, mon
     args, data, split, model = opened(run, "--search")
     judges, ft = B.sets_of(split, args)["judges"].tolist(), copy.deepcopy(model)
     ft.load_state_dict(state(run, "ft-searched"))
-    got = evaluate.validation_gap(ft, model, data, split, judges, args)["mean"]
+    goal = evaluate.goal_of(model, None, data, split, judges, args)
+    got = evaluate.validation_gap(ft, goal, data, split, judges, args)["mean"]
     assert best["distance"] == pytest.approx(got, abs=1e-5)
     lr, saved = results["GA"]["chosen"]["unlearn_lr"], str(run.folder / "ga.pt")
     result = B.main([*once, "--unlearn-lr", str(lr), "--name", "given", "--save", saved])["GA"]
@@ -1124,6 +1215,6 @@ def test_a_method_that_diverges_is_left_out_of_a_table_and_fatal_alone(trained, 
         assert set(B.main([*flags, "fisher"])) == {"Fisher"}
         assert "ft diverged" in capsys.readouterr().out
         refused(capsys, "ft diverged; lower its step (--unlearn-lr", B.main, flags)
-        refused(capsys, "every method diverged", B.main, [*flags, "randl"])
+        refused(capsys, "no method is left", B.main, [*flags, "randl"])
     refused(capsys, "leaves nothing of D_r", B.main, [*flags, "--rho", "1e-6"])
     refused(capsys, "no flag of its own", B.main, ["--method", "retrain", "--search"])

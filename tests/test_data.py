@@ -126,11 +126,11 @@ def test_requests_pass_over_everyone_once_and_split_each_person():
     for d, _, seed, split in tables():
         train_ids, total = sorted(split["train_ids"]), len(split["train_ids"])
         trained_on = np.array(split["retain"] + split["forget"])
-        for n_s in (4, total + 5):  # the second is one block of them all
+        for n_s in (4, total + 5):  # of the second somebody stays, for D_r
             run, everyone = list(data.simulated_requests(d, split, n_s, seed, 0)), []
             for support, forget in run:
                 people, expected = d["identities"][support].tolist(), []
-                assert len(people) == len(set(people)) == min(n_s, total)
+                assert len(people) == len(set(people)) == min(n_s, total - 1)
                 for image in support:
                     own = trained_on[d["identities"][trained_on] == d["identities"][image]]
                     assert image in own  # never the real Support set, validation or test
@@ -139,8 +139,9 @@ def test_requests_pass_over_everyone_once_and_split_each_person():
                     places += [sorted(own).index(image) / (len(own) - 1)] if len(own) > 1 else []
                 assert sorted(forget) == sorted(expected)
                 everyone += people
-            assert len(run) == -(-total // min(n_s, total))
-            assert sorted(everyone[:total]) == train_ids and everyone[total:] == everyone[:-total]
+            assert len(run) == -(-total // min(n_s, total - 1))
+            more = len(everyone) - total
+            assert sorted(everyone[:total]) == train_ids and everyone[total:] == everyone[:more]
             assert set(split["forget_ids"]) <= set(everyone)
     assert singles > 50 and 0.45 < np.mean(places) < 0.55
 

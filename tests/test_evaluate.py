@@ -508,12 +508,24 @@ def check_search(module, folder, capsys):
             raise FloatingPointError
         return 0.3 if values["lr"] < 1 else 0.1
 
-    best, record = search({"lr": 0.2, "b": 1.0}, band)
+    best, record = search({"lr": 0.2, "b": 1.0}, band, 0.3)
     assert 1 <= best["lr"] <= 2 and {t["distance"] for t in record["search"]} == {None, 0.1, 0.3}
-    selects = search({"ssd_alpha": 9.0}, lambda values: 0.2 if values["ssd_alpha"] > 2 else 0.1)
-    assert selects[0]["ssd_alpha"] <= 2  # the smaller, the more it does
-    # Whole numbers stay whole, from 1 to a fifth of training's epochs; a share moves by its odds.
-    best, record = search({"unlearn_epochs": 3}, lambda values: -values["unlearn_epochs"])
+    best, _ = search({"ssd_alpha": 9.0}, lambda values: 0.1 + 0.1 * (values["ssd_alpha"] > 2), 0.2)
+    assert best["ssd_alpha"] <= 2  # the smaller, the more it does
+
+    def idle(values):  # below 1 nothing changes, whatever b is; above it b matters
+        active = 0.2 + abs(np.log10(values["b"]) + 0.5) + 0.01 * values["lr"]
+        return nothing if values["lr"] < 1 else active
+
+    for nothing, lr in ((0.1, 0.01), (0.3, 1.0)):
+        best, record = search({"lr": 0.01, "b": 1.0}, idle, nothing)
+        tried = [(t["lr"], t["b"]) for t in record["search"]]
+        assert tried[:5] == [(0.01, 1), (0.0316, 1), (0.1, 1), (0.316, 1), (1, 1)]  # then b
+        assert min(tried) == tried[0]
+        assert best["lr"] == lr and record["open"] == []
+    # Whole numbers stay whole, from 1 to a bound; a share moves by its odds.
+    most = {"most": {"unlearn_epochs": 8}}
+    best, record = search({"unlearn_epochs": 3}, lambda values: -values["unlearn_epochs"], **most)
     assert best == {"unlearn_epochs": 8} and record["open"] == []
     best, _ = search({"unlearn_epochs": 3}, lambda values: values["unlearn_epochs"])
     assert best == {"unlearn_epochs": 1} and type(best["unlearn_epochs"]) is int
@@ -521,6 +533,10 @@ def check_search(module, folder, capsys):
     assert best == {"passes": 8.0} and record["open"] == []
     best, _ = search({"passes": 9.0}, lambda values: -values["passes"], most={"passes": 8.0})
     assert best == {"passes": 8.0}  # the start as well
+    start = {"ascent_epochs": 5, "unlearn_epochs": 2}  # ascent comes in the first of the epochs
+    best, record = search(start, lambda values: -sum(values.values()), **most)
+    assert all(t["ascent_epochs"] <= t["unlearn_epochs"] for t in record["search"])
+    assert best == dict.fromkeys(start, 8) and record["open"] == []
     best, record = search({"mask_share": 0.5}, lambda values: abs(values["mask_share"] - 0.99))
     assert best["mask_share"] == pytest.approx(0.99, abs=0.003) and record["open"] == []
     # An interrupted search goes on, and not with the tries of other flags.
@@ -563,8 +579,8 @@ def check_gap(module):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "predict", lambda model, data, indices, amp: model[indices])
         args = types.SimpleNamespace(amp=False)
-        given = unlearned, original, {"targets": y}, split, seen, args
-        got = module.validation_gap(*given)
+        of_data = {"targets": y}, split, seen, args
+        got = module.validation_gap(unlearned, module.goal_of(original, None, *of_data), *of_data)
     want = {name: abs(float(gap)) for name, gap in want.items()}
     assert got == pytest.approx(want | {"mean": np.mean([*want.values()])}, abs=1e-6)
     assert min(want.values()) > 0.01 and len({round(gap, 3) for gap in want.values()}) == 4
@@ -605,12 +621,15 @@ MUTANTS = {
     "RMIA upside down": ("p / (((1 + a)", "1 / p * (((1 + a)"),
     "RMIA with ties": ("share + 1e-9 *", "share + 0 *"),
     "search with an edge": ("            while better:", "            if better:"),
-    "search stuck at a no-op": ("(up and found == least < math.inf)", "False"),
+    "search stuck at a no-op": ("(up and found == least == IDLE)", "False"),
     "harm to D_r not judged": ('"ra": right["seen"]', '"ra": right["val"]'),
-    "D_f should look like D_r": ('figures(model, "val")', 'figures(model, "forget")'),
+    "D_f should look like D_r": ('(model, "val", data', '(model, "forget", data'),
     "in vain, not told": ("if least >= nothing", "if least > nothing"),
     "in vain, not counted": ('>= v["nothing"]', '> v["nothing"]'),
-    "search of one length": ("length // 2\n    best, open_ends", "0\n    best, open_ends"),
+    "search of one length": ("length // 2\n    finite", "0\n    finite"),
+    "search among no-ops": ("IDLE if found == nothing else found", "found"),
+    "ends of no-ops": (" and least != nothing", ""),
+    "ascent in more epochs than there are": ("] = min(values[", "] = max(values["),
     "search without end": ("len(tried) < TRIES:\n            own", "True:\n            own"),
     "tries of other flags": ('if saved["about"] == json.loads(json.dumps(about)) else []', ""),
     "tries repeated": ("and partial.is_file():\n        saved", "and False:\n        saved"),

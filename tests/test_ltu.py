@@ -747,10 +747,9 @@ def test_search_hands_out_the_model_that_was_judged_and_like_takes_its_choice(
     (path,) = (run.folder / "ckpt").rglob("ltu-found-seed0.pt")
     originals = path.with_name("original-seed0.pt")
     models = [common.load_model(name)[0] for name in (path, originals)]
-    got = E.validation_gap(*models, data, split, judges, args)["mean"]
-    assert best["distance"] == pytest.approx(got, abs=1e-5)
-    same = E.validation_gap(models[1], models[1], data, split, judges, args)
-    assert found["nothing"] == same["mean"]
+    goal = E.goal_of(models[1], None, data, split, judges, args)
+    got, same = (E.validation_gap(m, goal, data, split, judges, args)["mean"] for m in models)
+    assert best["distance"] == pytest.approx(got, abs=1e-5) and found["nothing"] == same
     alike = L.main([*flags, "alike", "--like", "ltu-found"])
     assert alike["metrics"] == found["metrics"] and alike["chosen"] == found["chosen"]
     twice = L.main([*flags, "twice", "--like", "ltu-found", "--combine", "iterative"])

@@ -326,6 +326,10 @@ def test_the_last_epochs_show_the_images_as_they_are(tmp_path, monkeypatch):
     T.train("original", data, s, args)
     steps = len(seen) // 3
     assert seen == [False] * steps + [True] * 2 * steps
+    # Unlearning shows them as the last epochs did.
+    for args.plain_epochs, plain in ((2, True), (0, False)):
+        views = D.augmented(data, torch.arange(9), args, common.generator(0))
+        assert torch.equal(views, D.raw_batch(data, torch.arange(9))) == plain
 
 
 def test_dropout_depends_on_seed_and_epoch_alone(tmp_path, monkeypatch):
