@@ -279,7 +279,8 @@ def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
     z_leaf = [t.detach().requires_grad_() for t in z]
     M = h_phi(*z_leaf, targets, who)  # Alg. 1, line 11
     g_z = torch.autograd.grad(M, z_leaf, create_graph=True, materialize_grads=True)
-    g = torch.autograd.grad(z, list(leaf.values()), [t.detach() for t in g_z])
+    fixed = [t.detach() for t in g_z]
+    g = torch.autograd.grad(z, list(leaf.values()), fixed, materialize_grads=True)
     g, etas = h_phi.direction(theta, g), h_phi.step_sizes(theta, eta)
     theta_u = inner_step(theta, g, [e.detach() for e in etas])
     theta_u = {k: p.detach().requires_grad_() for k, p in theta_u.items()}

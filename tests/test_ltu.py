@@ -828,6 +828,61 @@ def test_somebodys_own_model_unlearns_and_no_file_is_written(tmp_path, monkeypat
     assert trained_on == [20, 20]  # of D_r's 40, half judge: there are fewer than 60
     with pytest.raises(TypeError, match="gamma"):
         L.forget(net, D_f, D_r, D_v, gamma=1)
+    # A layer that is not used, and dropout: the same masks in each run, and not the caller's.
+    net.add_module("4", nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)))
+    net.register_module("5", Unused())
+    given, runs = dict(head="4.1", beta=1e-3, alpha=0.01, passes=2.0, support_size=6), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        runs.append(L.forget(net, D_f, D_r, D_v, **given))
+    assert torch.equal(*(flat(found.parameters()) for found in runs))
+    assert torch.equal(runs[0][5].spare.bias, net[5].spare.bias)
+    torch.manual_seed(2)
+    with pytest.MonkeyPatch.context() as patch:  # other masks in another iteration
+        seeds, real = [], torch.manual_seed
+        patch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+        L.forget(net, D_f, D_r, D_v, **given)
+    assert len(set(seeds)) == len(seeds) == 4 + 4  # of four MI models, and of four iterations
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(3, 5)
+
+    def forward(self, x):
+        return x
+
+
+def no_step(student, *_):
+    return [torch.zeros_like(p) for p in student.parameters()], {"test": 1.0}
+
+
+def test_images_that_no_feedback_needs_are_not_read(digits, monkeypatch):
+    """MI models and z_1 left out, an iteration reads S, and Q (3k) where it remembers."""
+    unlearned = dict(passes=4 * 64 / 121, support_size=64)
+    for changes, read in (
+        ({}, 4 * (64 + 192) + 121 + len(digits.seen)),
+        ({"remfeed": False}, 4 * 64),
+        ({"combine": "iterative"}, 2 * 64 + 2 * 256 + 121 + len(digits.seen)),
+    ):
+        args, before = Namespace(**vars(digits.args) | unlearned | changes), digits.data.get("read", 0)
+        monkeypatch.setattr(L, "iteration", no_step)
+        L.unlearn(digits.model, digits.data, digits.split, digits.seen, None, args)
+        assert digits.data["read"] - before == read
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(L.evaluate, "search", lambda *given: (given[-1], {}))
+            patch.setattr(L.evaluate, "judge", lambda *_: 0.0)
+            args.search, own = ["passes"], (digits.model, digits.data, digits.split, digits.seen)
+            most = L.search(*own, digits.seen, None, args)[0]
+        images = {1024: 4, 256: 1, 640: 2.5}[read - (121 + len(digits.seen)) * (read > 256)]
+        assert most["passes"] == pytest.approx(0.2 * args.epochs * 1211 / 121 / images, rel=5e-3)
+
+
+def test_a_bar_that_diverges_does_not_lose_ltu(again, monkeypatch):
+    monkeypatch.setattr(L, "plain_gradient", lambda *given: (no_step(*given)[0], {"test": 1e9}))
+    result = again("--name", "no-bar")
+    assert list(result["metrics"]) == ["original", "retrained", "unlearned"]
 
 
 def test_step_sizes_that_suit_another_model_are_said(run, again, flags, capsys):
@@ -875,7 +930,8 @@ def test_attributes_and_identities_too(flags, tmp_path, capsys):
 
 
 def test_dry_run_takes_every_phase_and_is_kept_apart(tmp_path):
-    result = L.main(["--dry-run", *places(tmp_path), "--save", str(tmp_path / "mine.pt")])
+    dry = ["--dry-run", *places(tmp_path), "--save", str(tmp_path / "mine.pt")]
+    result = L.main([*dry, "--rho", "0.05"])
     assert result["setting"].endswith("-dry") and len(result["log"]) == 2
     saved = torch.load(tmp_path / "mine.pt", weights_only=True)
     assert saved["which"] == "unlearned" and saved["split"] == result["split_hash"]

@@ -595,6 +595,44 @@ def test_somebodys_own_model_learns_a_loss_and_unlearns(preset, tmp_path, monkey
     assert set(M.learn_loss(net, D, who, D_v, **flags).fisher) == {"net.0", "net.4"}
     with pytest.raises(TypeError, match="gamma"):
         M.learn_loss(net, D, who, D_v, gamma=1)
+    # All six people in one request would leave nobody to retain.
+    M.learn_loss(net, D, who, D_v, meta_epochs=1, hidden=6, preset=preset, retain_weight=0.3)
+    # Who it is stays unseen though it was asked for, and must be said of these very images.
+    named = dict(ids=2, meta_epochs=1, hidden=6, inputs="logits,ids")
+    assert M.learn_loss(net, D, who, D_v, **named).inputs == ["logits"]
+    pairs = torch.utils.data.TensorDataset(*D)
+    in_order, shuffled = (torch.utils.data.DataLoader(pairs, 8, shuffle=s) for s in (False, True))
+    one, other = (M.learn_loss(net, given, who, D_v, **named) for given in (D, in_order))
+    assert torch.equal(flat(one.parameters()), flat(other.parameters()))
+    for given, people in ((shuffled, who), (D, who[:20]), (D, 0 * who)):
+        with pytest.raises(ValueError, match="identities"):
+            M.learn_loss(net, given, people, D_v, **named)
+
+
+@pytest.mark.parametrize("hypergradient", ("forward", "double"))
+def test_a_model_may_share_a_weight_and_have_one_that_it_does_not_use(hypergradient):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+            self.b.weight, self.spare = self.a.weight, torch.nn.Linear(12, 5)
+            self.head = torch.nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x.flatten(1)).relu()).relu())
+
+    torch.manual_seed(0)
+    net = Tied()
+    D, D_v = ((torch.randn(n, 3, 2, 2), torch.randint(2, (n, 3)).float()) for n in (24, 12))
+    flags = dict(ids=2, meta_epochs=1, hidden=6, eta=0.5, head="head")
+    with pytest.MonkeyPatch.context() as patch:
+        ways = {"forward": M.meta_gradient, "double": M.meta_gradient_double}
+        patch.setattr(M, "meta_gradient", ways[hypergradient])
+        h = M.learn_loss(net, D, np.arange(24) // 4, D_v, **flags)
+    without = M.forget(net, h, (D[0][:2], D[1][:2]), head="head")
+    assert without.b.weight is without.a.weight
+    moved = [(p - q).norm() for p, q in zip(without.parameters(), net.parameters(), strict=True)]
+    assert sum(length > 0 for length in moved) == len(moved) - 2
 
 
 def test_natural_steps_go_with_the_meta_loss(trained, copied, tmp_path, capsys, monkeypatch):
@@ -720,10 +758,11 @@ def test_dry_run_goes_through_everything_and_is_kept_apart(trained, tmp_path, ex
     result = M.main([*trained.flags, *to])
     assert result["setting"].endswith("-dry") and math.isfinite(result["simulated_tow"])
     assert [folder.name for folder in tmp_path.iterdir()] == [f"small-{result['setting']}"]
-    assert ("held_out" in result["access"]["meta-training"]) == ("--held-out" in extra)
+    for phase in ("meta-training", "choosing the ascent step"):
+        assert ("held_out" in result["access"][phase]) == ("--held-out" in extra)
 
 
-def test_resumed_equals_uninterrupted(small, trained, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(small, trained, tmp_path, capsys, monkeypatch):
     """Training and meta-training, each interrupted after an epoch: the same to the last bit."""
     flags, real = [*short(small, tmp_path), "--resume"], common.save_checkpoint
     monkeypatch.setattr(common, "PARTIAL_EVERY", 0.0)
@@ -738,6 +777,12 @@ def test_resumed_equals_uninterrupted(small, trained, tmp_path, monkeypatch):
             patch.setattr(module, "save_checkpoint", save_and_stop)
             M.main(flags)
         assert list(tmp_path.rglob("*.partial.pt"))
+    # What was learned for another model is not gone on with.
+    (path,) = tmp_path.rglob("*.meta.partial.pt")
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"weights": "others"}, path)
+    refused(capsys, "was made with weights 'others'", M.main, flags)
+    torch.save(saved, path)
     assert without_clock(M.main(flags)) == without_clock(trained.result)
 
 
