@@ -502,9 +502,8 @@ class Own(nn.Module):
 def with_parameters(model, theta_u: dict):
     """A copy of model with the parameters in theta_u in place of its own; all else stays."""
     changed = copy.deepcopy(model)
-    changed.load_state_dict(
-        theta_u, strict=False
-    )  # a tied weight has a second name, not in theta_u
+    # Not beside the old ones: a tied weight has a second name, which is not in theta_u.
+    changed.load_state_dict(theta_u, strict=False)
     return changed
 
 

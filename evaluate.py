@@ -657,7 +657,7 @@ _SUPPORT = {label: _ALL[label] for label in ("JiT", "PGU", "SSD", "GA", "Influen
 _OTHERS = {label: _ALL[label] for label in ("FT", "RandL", "Amnesiac", "Fisher", "SalUn")}
 _META = {"METAUNLEARN": "metaunlearn-paper"}
 _LTU = {"LTU": "ltu"}
-_RHO = {label: _ALL[label] for label in ("FT", "RandL", "BadT", "SalUn")}
+_RHO = {label: _ALL[label] for label in ("FT", "RandL", "BadT", "SalUn", "SCRUB")}
 # {table: {label: name of the run}}. The rows METAUNLEARN and LTU are those with which the others
 # are compared; Trained, Retrained and the second gold model stand above them in every table.
 TABLES = {
@@ -666,9 +666,10 @@ TABLES = {
         "SCRUB": "scrub",
         **_SUPPORT,
         **_META,
+        "the same, default flags": "metaunlearn-paper-default",
         "METAUNLEARN code": "metaunlearn-code",
         "METAUNLEARN selective (ours)": "metaunlearn-selective",
-        "the same, 3 epochs": "metaunlearn-selective-3-epochs",
+        "selective, 3 epochs": "metaunlearn-selective-3-epochs",
     },
     "mu3": {
         "SCRUB": "metaunlearn-paper-scrub",

@@ -285,7 +285,7 @@ def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
     theta_u = inner_step(theta, g, [e.detach() for e in etas])
     theta_u = {k: p.detach().requires_grad_() for k, p in theta_u.items()}
     loss = A(theta_u)
-    v = torch.autograd.grad(loss, list(theta_u.values()), materialize_grads=True)
+    v = torch.autograd.grad(loss, list(theta_u.values()))
     tangent = h_phi.direction(theta, [e.detach() * d for e, d in zip(etas, v, strict=True)])
     tangent = dict(zip(theta, tangent, strict=True))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():

@@ -93,7 +93,8 @@ def add_recipe_arguments(parser):
     add("--augment", choices=("resized-crop", "pad-crop", "none"), default="resized-crop",
         help="with flips; paper: resized-crop, SalUn: pad-crop")
     add("--plain-epochs", type=common.whole, default=0,
-        help="so many last epochs without --augment, to fit the images as they are; papers: 0")
+        help="so many last epochs without --augment, to fit the images as they are; unlearning "
+        "does not augment them then either; papers: 0")
     add("--keep", choices=("best", "last"), default="best", help="papers: best by validation")
     add("--batch-size", type=common.count, default=64,
         help="images a step, over all processes; authors' code: 32")

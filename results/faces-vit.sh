@@ -19,7 +19,7 @@ python baselines.py $zero --method retrain
 few="--meta-epochs 6 --forget-images 32 --val-images 32"
 full="--meta-epochs 62 --forget-images 64 --val-images 64"
 python metaunlearn.py $zero --search --name search --preset selective $few --retain-images 32
-python metaunlearn.py $zero --preset selective $full --retain-images 64 --eta 1.0 --alpha 0.0001
+python metaunlearn.py $zero --preset selective $full --retain-images 64 --eta 0.01 --alpha 0.0001
 python metaunlearn.py $zero --search --name search --preset paper $few
 python metaunlearn.py $zero --preset paper $full --eta 1.0 --alpha 0.0001
 python metaunlearn.py $zero --search --name search --preset code $few

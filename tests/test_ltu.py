@@ -866,7 +866,10 @@ def test_images_that_no_feedback_needs_are_not_read(digits, monkeypatch):
         ({"remfeed": False}, 4 * 64),
         ({"combine": "iterative"}, 2 * 64 + 2 * 256 + 121 + len(digits.seen)),
     ):
-        args, before = Namespace(**vars(digits.args) | unlearned | changes), digits.data.get("read", 0)
+        args, before = (
+            Namespace(**vars(digits.args) | unlearned | changes),
+            digits.data.get("read", 0),
+        )
         monkeypatch.setattr(L, "iteration", no_step)
         L.unlearn(digits.model, digits.data, digits.split, digits.seen, None, args)
         assert digits.data["read"] - before == read
