@@ -273,10 +273,11 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     start: {flag: value}, the step size first. distance(values) says how far a setting is from the
     goal, nothing how far the original model is. One flag at a time is moved half a decade up or
     down; where that is better it is moved on, so that no range has an edge. Where no move is
-    better, moves become half as long. It ends after TRIES settings, or at moves of a sixteenth of a
-    decade. A setting that leaves the model as it is ranks behind all that change it while the
-    search goes on, and from there the step size alone is moved, upwards; it may still be the best
-    in the end. Returns the best values, and a record: `chosen`, `search` (all that was tried),
+    better, moves become half as long. A step size also grows where that makes no difference. It
+    ends after TRIES settings, or at moves of a sixteenth of a decade. A setting that leaves the
+    model as it is ranks behind all that change it while the search goes on, and from there the step
+    size alone is moved, upwards by a decade; it may still be the best in the end. Returns the best
+    values, and a record: `chosen`, `search` (all that was tried),
     `nothing` and `open`, flags whose best value is the largest or the smallest tried. partial:
     where tries are kept, so that --resume does not repeat them. most: bounds {flag: value}, for the
     start as well; SCRUB's epochs with ascent are some of all its epochs.
@@ -319,10 +320,10 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
             up = flag == first and way * stronger > 0
             better = up or least != IDLE
             while better:
-                new = place | {flag: place[flag] + way}
+                new = place | {flag: place[flag] + (2 * way if least == IDLE else way)}
                 found = measured(new)
                 changes = values_at(new) != values_at(place)
-                better = changes and (found < least or (up and found == least == IDLE))
+                better = changes and (found < least or (up and found == least < math.inf))
                 place, least = (new, found) if better else (place, least)
         length = length if place != before else length // 2
     finite = [t for t in tried if t["distance"] is not None]

@@ -520,9 +520,13 @@ def check_search(module, folder, capsys):
     for nothing, lr in ((0.1, 0.01), (0.3, 1.0)):
         best, record = search({"lr": 0.01, "b": 1.0}, idle, nothing)
         tried = [(t["lr"], t["b"]) for t in record["search"]]
-        assert tried[:5] == [(0.01, 1), (0.0316, 1), (0.1, 1), (0.316, 1), (1, 1)]  # then b
+        assert tried[:4] == [(0.01, 1), (0.1, 1), (1, 1), (3.16, 1)]  # then b
         assert min(tried) == tried[0]
         assert best["lr"] == lr and record["open"] == []
+    # Where nothing but a broken model lies above, b is not tried.
+    cliff = {"distance": lambda values: 0.3 if values["lr"] < 1 else math.nan, "nothing": 0.3}
+    _, record = search({"lr": 0.2, "b": 1.0}, **cliff)
+    assert {t["b"] for t in record["search"]} == {1.0} and len(record["search"]) > 3
     # Whole numbers stay whole, from 1 to a bound; a share moves by its odds.
     most = {"most": {"unlearn_epochs": 8}}
     best, record = search({"unlearn_epochs": 3}, lambda values: -values["unlearn_epochs"], **most)
@@ -621,12 +625,14 @@ MUTANTS = {
     "RMIA upside down": ("p / (((1 + a)", "1 / p * (((1 + a)"),
     "RMIA with ties": ("share + 1e-9 *", "share + 0 *"),
     "search with an edge": ("            while better:", "            if better:"),
-    "search stuck at a no-op": ("(up and found == least == IDLE)", "False"),
+    "search stuck at a no-op": ("(up and found == least < math.inf)", "False"),
     "harm to D_r not judged": ('"ra": right["seen"]', '"ra": right["val"]'),
     "D_f should look like D_r": ('(model, "val", data', '(model, "forget", data'),
     "in vain, not told": ("if least >= nothing", "if least > nothing"),
     "in vain, not counted": ('>= v["nothing"]', '> v["nothing"]'),
     "search of one length": ("length // 2\n    finite", "0\n    finite"),
+    "search from no-ops": ("2 * way if least == IDLE else way", "way"),
+    "other flags among no-ops": ("up or least != IDLE", "True"),
     "search among no-ops": ("IDLE if found == nothing else found", "found"),
     "ends of no-ops": (" and least != nothing", ""),
     "ascent in more epochs than there are": ("] = min(values[", "] = max(values["),
