@@ -261,7 +261,6 @@ def validation_figures(model, forget: str, data, split, judged_by, args) -> dict
 
 
 TRIES = 12  # settings that a search tries, the same for every method
-IDLE = 1e6  # the rank of a setting that changes nothing: behind all that do, before divergence
 DOES_MORE_WHEN_SMALLER = ("ssd_alpha",)
 SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are moved
 LONGEST = 0.2  # passes over D over those of training, at most
@@ -273,14 +272,12 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     start: {flag: value}, the step size first. distance(values) says how far a setting is from the
     goal, nothing how far the original model is. One flag at a time is moved half a decade up or
     down; where that is better it is moved on, so that no range has an edge. Where no move is
-    better, moves become half as long. A step size also grows where that makes no difference. It
-    ends after TRIES settings, or at moves of a sixteenth of a decade. A setting that leaves the
-    model as it is ranks behind all that change it while the search goes on, and from there the step
-    size alone is moved, upwards by a decade; it may still be the best in the end. Returns the best
-    values, and a record: `chosen`, `search` (all that was tried),
-    `nothing` and `open`, flags whose best value is the largest or the smallest tried. partial:
-    where tries are kept, so that --resume does not repeat them. most: bounds {flag: value}, for the
-    start as well; SCRUB's epochs with ascent are some of all its epochs.
+    better, moves become half as long. A step size also grows where nothing changes, for there it is
+    too small to do anything. It ends after TRIES settings, or at moves of a sixteenth of a decade.
+    Returns the best values, and a record: `chosen`, `search` (all that was tried), `nothing` and
+    `open`, flags whose best value is the largest or the smallest tried. partial: where tries are
+    kept, so that --resume does not repeat them. most: bounds {flag: value}, for the start as well;
+    SCRUB's epochs with ascent are some of all its epochs.
     """
     about, known, tried, most = flags_of(args), [], [], dict(most)
     start = {k: min(v, most.get(k, v)) for k, v in start.items()}
@@ -308,8 +305,7 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
             say(f"search {len(tried)}/{TRIES}: {said}: {shown}")
             if partial and common.rank_and_world()[0] == 0:
                 common.write_json(partial, {"about": about, "tried": tried})
-        found = own[0]["distance"] if own else None
-        return math.inf if found is None else IDLE if found == nothing else found
+        return own[0]["distance"] if own and own[0]["distance"] is not None else math.inf
 
     first, place, length = next(iter(start)), dict.fromkeys(start, 0), 8
     stronger = -1 if first in DOES_MORE_WHEN_SMALLER else 1
@@ -317,25 +313,21 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     while length and len(tried) < TRIES:
         before = place
         for flag, way in itertools.product(start, (length, -length)):
-            up = flag == first and way * stronger > 0
-            better = up or least != IDLE
+            better = True
             while better:
-                new = place | {flag: place[flag] + (2 * way if least == IDLE else way)}
-                found = measured(new)
+                new = place | {flag: place[flag] + way}
+                found, up = measured(new), flag == first and way * stronger > 0
                 changes = values_at(new) != values_at(place)
                 better = changes and (found < least or (up and found == least < math.inf))
                 place, least = (new, found) if better else (place, least)
         length = length if place != before else length // 2
-    finite = [t for t in tried if t["distance"] is not None]
-    won = min(finite, key=lambda t: t["distance"], default=tried[0])
-    best, open_ends, least = {flag: won[flag] for flag in start}, [], won["distance"]
+    best, open_ends = values_at(place), []
     for flag, value in best.items():
         others = [t[flag] for t in tried]
         bound = value == most.get(flag) or (isinstance(value, int) and value == 1)
-        bound |= flag == "ascent_epochs" and value == best["unlearn_epochs"]
-        if value in (min(others), max(others)) and not bound and least != nothing:
+        bound |= flag == "ascent_epochs" and value == best.get("unlearn_epochs")
+        if value in (min(others), max(others)) and not bound:
             open_ends.append(flag)
-    least = math.inf if least is None else least
     if least >= nothing:
         say(f"no setting tried beats the original model as it is (distance {100 * nothing:.2f})")
     return best, {"chosen": best, "search": tried, "nothing": nothing, "open": open_ends}
