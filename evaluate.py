@@ -659,7 +659,7 @@ TABLES = {
         "SCRUB": "scrub",
         **_SUPPORT,
         **_META,
-        "the same, default flags": "metaunlearn-paper-default",
+        "default flags": "metaunlearn-paper-default",
         "METAUNLEARN code": "metaunlearn-code",
         "METAUNLEARN selective (ours)": "metaunlearn-selective",
         "selective, 3 epochs": "metaunlearn-selective-3-epochs",
