@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -145,12 +146,17 @@ def test_the_lines_for_somebodys_own_model_run(tmp_path, monkeypatch):
 
 
 def calls_of(script: pathlib.Path, folder: pathlib.Path) -> list[list[str]]:
-    """The argument lists of all `python` calls of a shell script, which are recorded, not run."""
-    log, fake = folder / "log", folder / "python"
+    """The argument lists of all `python` calls of a shell script, which are recorded, not run.
+
+    It runs from a copy, for where runs/ is there the shell writes out runs/name-split*.
+    """
+    log, fake, copied = folder / "log", folder / "python", folder / "results" / script.name
+    copied.parent.mkdir()
+    shutil.copyfile(script, copied)
     fake.write_text(f'#!/bin/bash\nprintf "%q " "$@" >> {log}\necho >> {log}\n')
     fake.chmod(0o755)
     path = f"{folder}:{os.environ['PATH']}"
-    subprocess.run(["bash", script], check=True, env=os.environ | {"PATH": path})
+    subprocess.run(["bash", copied], check=True, env=os.environ | {"PATH": path})
     return [shlex.split(line) for line in log.read_text().splitlines()]
 
 
