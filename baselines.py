@@ -969,9 +969,9 @@ def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> n
     model: images -> logits (B, K), see common.Own. D_f, D_r, D_v: see data.of_tensors; a method
     that reads D_f alone needs no D_r. flags: the method's own, unlearn_lr=0.01. With D_v those that
     are not given and that --search moves are searched, with epochs as after a training of 60; D_r,
-    all of it, judges and is needed. Raises
-    FloatingPointError where the method diverged, TypeError for a flag that is none of the method's
-    and for a missing D_r, ValueError for a model whose curvature is not known (influence).
+    all of it, judges and is needed. Raises FloatingPointError where the method diverged, TypeError
+    for a flag that is none of the method's and for a missing D_r, ValueError for a model whose
+    curvature is not known (influence).
     """
     wrong = set(flags) - set(METHODS[method]["flags"])
     if wrong or (D_r is None and (D_v is not None or METHODS[method]["touches"] != FORGET)):

@@ -3,8 +3,8 @@
 # data/celebahq must hold these pictures in the publisher's layout; the numbers are of this subset. Flags are searched
 # on split 0, by requests that are simulated there, and kept for the other splits. Every finished run is skipped, an
 # interrupted one goes on. On one of two cores with bf16 units: a model 15 minutes, a split without METAUNLEARN 1 hour,
-# a search 10 to 25 minutes, SCRUB's 1.5 hours, METAUNLEARN 1 hour and its search 40 minutes. Baselines of split 0 ran on abf3351, where
-# attention in bf16 was fused and so rounded otherwise.
+# a search 10 to 25 minutes, SCRUB's 1.5 hours, METAUNLEARN 1 hour and its search 40 minutes. Baselines of split 0 but
+# SCRUB ran on abf3351, where attention in bf16 was fused and so rounded otherwise.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # another number of threads rounds differently

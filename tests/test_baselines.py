@@ -629,6 +629,14 @@ def check_unusual_layers(module):
             module.curvature(Unusual(bad), p.data, torch.arange(4), p.args, 0)
 
 
+def test_a_derived_layer_has_no_curvature():
+    class Padded(nn.Conv2d):
+        pass
+
+    net = nn.Sequential(Padded(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2))
+    assert list(B.matrix_layers(net)) == ["1", "2"]
+
+
 CHECKS = {k.removeprefix("check_"): f for k, f in list(globals().items()) if k[:6] == "check_"}
 
 
@@ -1217,4 +1225,13 @@ def test_a_method_that_diverges_is_left_out_of_a_table_and_fatal_alone(trained, 
         refused(capsys, "ft diverged; lower its step (--unlearn-lr", B.main, flags)
         refused(capsys, "no method is left", B.main, [*flags, "randl"])
     refused(capsys, "leaves nothing of D_r", B.main, [*flags, "--rho", "1e-6"])
+    one = [
+        "ga",
+        "--rho",
+        "0.002",
+        "--search",
+        "--name",
+        "one",
+    ]  # it would be left with nothing to judge by
+    refused(capsys, "leaves 1 of D_r", B.main, [*flags, *one])
     refused(capsys, "no flag of its own", B.main, ["--method", "retrain", "--search"])
