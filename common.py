@@ -15,7 +15,6 @@ import os
 import pathlib
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -57,6 +56,8 @@ def guarded(main):
             raise
         reason = " ".join(str(error).split())[:120]
         fail(f"not enough memory ({reason}); lower the batch, image or model size")
+    except FloatingPointError as error:
+        fail(str(error))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -173,7 +174,9 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
     args.given = given  # --search moves no flag that the line gives
     if args.dataset not in DATASETS.split(", "):
         args.dataset = re.sub(r"\.np[yz]$", "", args.dataset)
-        own = _size_of_pair(args.dataset) or args.image_size
+        own = args.image_size
+        with contextlib.suppress(Exception):  # data.load will say what is wrong with the file
+            own = np.load(f"{args.dataset}.npy", mmap_mode="r").shape[1]
         if "--image-size" in given and args.image_size != own:
             fail(f"--image-size {args.image_size}: {args.dataset} has {own} pixels a side")
         args.image_size = own
@@ -193,12 +196,6 @@ def parse_with_presets(parser: argparse.ArgumentParser, presets: dict, argv):
                 "class in D_r; add --label-noise 0"
             )
     return args
-
-
-def _size_of_pair(base: str) -> int | None:
-    """Pixels a side of one's own arrays; None where data.load will say what is wrong with them."""
-    with contextlib.suppress(Exception):  # np.load raises many things at a foreign file
-        return np.load(f"{base}.npy", mmap_mode="r").shape[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,11 +229,7 @@ def choose_device(args) -> torch.device:
     if args.amp is None:
         # A CPU without bf16 units runs bf16 25 times slower than float32 (measured).
         args.amp = device.type == "cuda"
-        reason = "the default on CUDA" if args.amp else "bf16 is the default on CUDA alone"
-    else:
-        reason = "asked for by --amp" if args.amp else "asked for by --no-amp"
-    precision = "bf16 autocast" if args.amp else "float32"
-    say(f"device {device} ({why}); precision {precision} ({reason})")
+    say(f"device {device} ({why}); {'bf16 autocast' if args.amp else 'float32'}")
     return device
 
 
@@ -332,8 +325,9 @@ def build_model(name: str, outputs: int, image_size: int, init: str = "none", se
     """
     own = name in ("toy_vit", "toy_resnet") or (name == "resnet18" and image_size <= 64)
     own = own or re.fullmatch(NARROW, name)
-    patch = PATCH_OF_TOY_VIT if name == "toy_vit" else _patch_size(name)
-    if "vit" in name and patch and image_size % patch:
+    found = re.search(r"patch(\d+)", name)
+    patch = int(found[1]) if found else PATCH_OF_TOY_VIT if name == "toy_vit" else 1
+    if image_size % patch:
         fail(f"--image-size {image_size} is no multiple of {patch}, the patch size of {name}")
     if init == "pretrained" and own:
         fail(f"--model {name} at {image_size} px has no pretrained weights; give --init none")
@@ -408,9 +402,12 @@ def _resnet(blocks: tuple, width: int, outputs: int):
 def _timm_net(name, outputs, image_size, init, weights):
     import timm
 
-    more = {"img_size": image_size} if "vit" in name or "deit" in name else {}
-    more |= {"pretrained_cfg_overlay": {"state_dict": weights}} if weights else {}
-    return timm.create_model(name, pretrained=init != "none", num_classes=outputs, **more)
+    more = {"pretrained_cfg_overlay": {"state_dict": weights}} if weights else {}
+    more |= {"pretrained": init != "none", "num_classes": outputs}
+    try:  # vision transformers are built for one size
+        return timm.create_model(name, img_size=image_size, **more)
+    except TypeError:
+        return timm.create_model(name, **more)
 
 
 def _check_that_weights_were_loaded(net, name, outputs, image_size, init, seed):
@@ -438,11 +435,6 @@ def _load_but_the_head(net, state: dict):
     missing = set(net.load_state_dict(kept, strict=False).missing_keys) - left_out
     if missing:
         raise RuntimeError(f"the file lacks {sorted(missing)[0]}")
-
-
-def _patch_size(name: str) -> int | None:
-    found = re.search(r"patch(\d+)", name)
-    return int(found[1]) if found else None
 
 
 def _read_weights(path: str) -> dict:
@@ -568,8 +560,11 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 def score(logits: Tensor, targets: Tensor) -> float:
     """The task's score in [0, 1]: top-1 accuracy, or macro mAP over attributes.
 
-    An attribute that no image has is left out of the mean; the score is 0 where all are.
+    An attribute that no image has is left out of the mean; the score is 0 where all are. Raises
+    FloatingPointError for logits that are not finite, which would be ranked somehow.
     """
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("a model's outputs are not finite: it diverged; lower its step")
     if targets.ndim == 1:
         return (logits.argmax(1) == targets).sum().item() / len(targets)
     precision = average_precision(logits.float().cpu(), targets.cpu())  # MPS has no float64
@@ -772,29 +767,25 @@ def write_json(path, content: dict):
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def provenance(device: torch.device) -> dict:
-    """What a reader needs to judge a number: memory, hardware, versions, commit, date."""
-    commit = None
+def _commit() -> str | None:
+    git = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        git = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    # ru_maxrss is in KiB on Linux and in bytes on a Mac
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+
+COMMIT = _commit()  # when the run begins, for the files may change before it ends
+
+
+def provenance(device: torch.device) -> dict:
+    """What a reader needs to judge a number: a GPU's memory, hardware, versions, commit, date."""
+    name, peak = f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}", None
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+        name += f", {cpu[1]}" if cpu else ""
     if device.type == "cuda":
         name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    else:
-        name = f"{device.type}, {torch.get_num_threads()} threads, {_cpu_name()}"
     versions = {"python": platform.python_version()}
     versions |= {"torch": torch.__version__, "numpy": np.__version__}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     content = {"peak_memory_bytes": peak, "device": name, "versions": versions}
-    return content | {"commit": commit, "date": date}
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+    return content | {"commit": COMMIT, "date": date}

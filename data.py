@@ -289,7 +289,7 @@ def read_qmnist(root: pathlib.Path) -> dict:
     table = _from_torchvision("QMNIST", root, files, page, compat=False)
     labels = table["targets"]  # (N, 8): class, series, writer, ...
     people = {"identities": labels[:, 2], "target_names": list("0123456789")}
-    return {"images": table["images"], "targets": labels[:, 0], **people}
+    return table | {"targets": labels[:, 0], **people}
 
 
 _CIFAR = "from https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -467,6 +467,8 @@ def _decode(source, size: int) -> np.ndarray | str:
         with opened(source) as image:
             # A JPEG decodes at 1/2, 1/4 or 1/8 scale, never below twice the target.
             image.draft("RGB", (2 * size, 2 * size))
+            if image.mode.startswith("I;16"):  # 16 bits of grey, which convert would cut off at 255
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             upright = ImageOps.exif_transpose(image).convert("RGB")  # phones note how they are held
             return np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # Pillow raises many things at a damaged picture

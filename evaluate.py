@@ -33,6 +33,8 @@ from data import TOY_REMEMBERED, control_sets, load, predict, setting, simulated
 from train import PRESETS, add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
 HERE = pathlib.Path(__file__).parent
+# Read when the run begins, for the files may change before it ends.
+CODE = b"".join(file.read_bytes() for file in sorted(HERE.glob("*.py")))
 
 # --------------------------------------------------------------------------------------------------
 # Measuring a model
@@ -81,7 +83,7 @@ def measure_all(models: dict, data, split, args, seen=()) -> dict:
     """
     rows = {}
     about = repr((split["hash"], data["device"].type, args.amp, list(seen))).encode()
-    about = hashlib.sha256(b"".join([about, *(f.read_bytes() for f in sorted(HERE.glob("*.py")))]))
+    about = hashlib.sha256(CODE + about)
     for row, model in models.items():
         # Several processes measure together, so that none may find a file that another does not.
         if row not in ("original", "retrained") or common.rank_and_world()[1] > 1:
@@ -220,44 +222,30 @@ def hold_out(seen: list, args) -> tuple[list, list]:
     return sorted(order[number:]), sorted(order[:number])
 
 
-def goal_of(model, problems, data, split, judged_by, args) -> dict | None:
-    """What judge compares with: the original's figures with D_v for D_f; None of simulated ones."""
-    return None if problems else validation_figures(model, "val", data, split, judged_by, args)
+def judging(model, problems, data, split, judged_by, args):
+    """The function that says how far an unlearned model is from the goal, the less the better.
 
-
-def judge(unlearn, problems, goal, data, split, judged_by, args) -> float:
-    """How far a setting is from the goal, the less the better; unlearn gives an unlearned model.
-
-    Random samples: the validation gap on the real request. Identities: 1 - ToW of the simulated
-    requests `problems`, unlearn(problem), so the real Support set is not touched.
+    It takes `unlearn`, which gives that model. Identities: 1 - ToW of the simulated requests
+    `problems`, unlearn(problem), so the real Support set is not touched. Random samples (problems
+    is None): the validation gap, without gold model and test set, is ours. The goal is the original
+    model, but with D_f looking like the validation images, which it never saw. UA: its error on
+    D_v. RA: its accuracy on `judged_by` (see hold_out). TA: its accuracy on D_v. MI: the share of
+    D_v that the attack (members: judged_by) takes for non-members. All in [0, 1].
     """
     if problems:
-        return 1 - simulated_tow(unlearn, problems, data, args.amp)
-    return validation_gap(unlearn(), goal, data, split, judged_by, args)["mean"]
+        return lambda unlearn: 1 - simulated_tow(unlearn, problems, data, args.amp)
 
+    def figures(model, forget: str) -> dict:
+        parts, sure, right = {"seen": judged_by, "val": split["val"]}, {}, {}
+        for name in {*parts, forget}:
+            own = parts.get(name, split[forget])
+            logits, y = predict(model, data, own, args.amp), data["targets"][own]
+            sure[name], right[name] = confidence(logits, y), accuracy(logits, y)
+        mi = membership_inference(sure["seen"], sure["val"], sure[forget])
+        return {"ua": 1 - right[forget], "ra": right["seen"], "ta": right["val"], "mi": mi}
 
-def validation_gap(unlearned, goal: dict, data, split, judged_by, args) -> dict:
-    """How far from the goal, judged without gold model and test set: the rule for random samples.
-
-    Ours. The goal is the original model, but with D_f looking like the validation images, which it
-    never saw. UA: its error on D_v. RA: its accuracy on `judged_by` (see hold_out). TA: its
-    accuracy on D_v. MI: the share of D_v that the attack (members: judged_by) takes for
-    non-members. Returns the four gaps and their mean, in [0, 1].
-    """
-    got = validation_figures(unlearned, "forget", data, split, judged_by, args)
-    gaps = {name: abs(got[name] - goal[name]) for name in goal}
-    return gaps | {"mean": float(np.mean(list(gaps.values())))}
-
-
-def validation_figures(model, forget: str, data, split, judged_by, args) -> dict:
-    """UA and MI of the set called `forget`, RA of judged_by, TA of D_v; see validation_gap."""
-    parts, sure, right = {"seen": judged_by, "val": split["val"]}, {}, {}
-    for name in {*parts, forget}:
-        own = parts.get(name, split[forget])
-        logits, y = predict(model, data, own, args.amp), data["targets"][own]
-        sure[name], right[name] = confidence(logits, y), accuracy(logits, y)
-    mi = membership_inference(sure["seen"], sure["val"], sure[forget])
-    return {"ua": 1 - right[forget], "ra": right["seen"], "ta": right["val"], "mi": mi}
+    goal = figures(model, "val")
+    return lambda unlearn: average_gap(figures(unlearn(), "forget"), goal)
 
 
 TRIES = 12  # settings that a search tries, the same for every method
@@ -441,7 +429,6 @@ def keep_and_draw(result: dict, name: str, args):
         title, rows = f"{result['dataset']}, {result['setting']}, {name}", result["metrics"]
         data = load(args) if "remembered" in rows["original"] else None
         plot(rows, path, result["metric"], f"{title}, seed {args.seed}", name, data)
-        say(f"figure: {path}")
 
 
 def run_header(name, data, split, args, flags) -> dict:
@@ -562,19 +549,16 @@ def render(lines: list[list[str]], markdown=False) -> str:
     return "\n".join(rows)
 
 
-def pyplot():
-    import matplotlib
+def new_figure(width: float, height: float):
+    from matplotlib.figure import Figure  # here, because importing it takes a while
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure((width, height), layout="constrained")
 
 
-def save_figure(figure, path):
+def save_figure(canvas, path, remark=""):
     with common.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot().close(figure)
+        canvas.savefig(temporary, format="png", dpi=120)
+    say(f"figure: {path}{remark}")
 
 
 def plot(rows: dict, path: pathlib.Path, metric: str, title: str, run: str, data=None):
@@ -582,8 +566,8 @@ def plot(rows: dict, path: pathlib.Path, metric: str, title: str, run: str, data
 
     data: of drawn faces, to show above them six people and what each model remembers of them.
     """
-    figure = pyplot().figure(figsize=(10, 6.4 if data else 3.6), layout="constrained")
-    parts = figure.subfigures(2 if data else 1, 1, height_ratios=[2.8, 3.6][not data :])
+    canvas = new_figure(10, 6.4 if data else 3.6)
+    parts = canvas.subfigures(2 if data else 1, 1, height_ratios=[2.8, 3.6][not data :])
     left, right = np.atleast_1d(parts)[-1].subplots(1, 2)
     if data:
         plot_people(parts[0], rows, data, run)
@@ -614,7 +598,7 @@ def plot(rows: dict, path: pathlib.Path, metric: str, title: str, run: str, data
         place = dict(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         axes.legend(fontsize=8, ncols=2, frameon=False, **place)
     np.atleast_1d(parts)[0].suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    save_figure(canvas, path)
 
 
 def plot_people(figure, rows: dict, data, run: str):
@@ -719,7 +703,7 @@ def labels_of(kind: str) -> dict:
 def paper_numbers(table: str, column: str) -> dict:
     """The paper's numbers {row: values} in a column of a table, from results/paper.csv."""
     path, numbers = HERE / "results" / "paper.csv", {}
-    with open(path, newline="") if path.is_file() else contextlib.nullcontext([]) as file:
+    with open(path, newline="") as file:
         for own_table, own_column, row, *values in csv.reader(file):
             if (own_table, own_column) == (table, column):
                 numbers[row] = tuple(float(x) for x in values if x)
@@ -744,7 +728,14 @@ def read_results(paths) -> tuple[dict, list[dict]]:
         if path.suffix == ".jsonl" and path.is_file():
             try:
                 own, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-                runs += [run | {"flags": own["flags"] | run["flags"]} for run in filled(lines)]
+                first = {}
+                for run in lines:
+                    run["flags"] = own["flags"] | run["flags"]
+                    if "metrics" in run:  # pack left out rows that an earlier run has
+                        known = first.setdefault(run["split_seed"], run["metrics"])
+                        both = {row: known[row] for row in ("original", "retrained")}
+                        run["metrics"] = both | run["metrics"]
+                runs += lines
                 header = header or {"title": own["title"], "paper": own["paper"], **own}
                 settings.add(own["setting"])
             except (ValueError, KeyError, TypeError) as error:
@@ -753,14 +744,16 @@ def read_results(paths) -> tuple[dict, list[dict]]:
         for file in sorted(path.rglob("*-seed*.json")):
             try:
                 run = json.loads(file.read_text())
-                assert {"name", "dataset", "setting", "seed", "split_seed"} <= set(run)
-                assert {"split_hash", "flags"} <= set(run)
-                assert "attacks" in run or {"seconds", "access"} <= set(run)
-                assert "attacks" in run or compare(run["metrics"])["unlearned"]
+                needed = {"name", "dataset", "setting", "seed", "split_seed", "split_hash", "flags"}
+                if "attacks" not in run:
+                    needed |= {"seconds", "access"}
+                    compare(run["metrics"])["unlearned"]
+                if needed - set(run):
+                    raise KeyError(needed - set(run))
                 runs.append(run)
                 where = f"{run['dataset']}, {run['setting']}"
                 settings.add(re.sub(r"-split\d+", "", where))
-            except (ValueError, KeyError, TypeError, AssertionError):
+            except (ValueError, KeyError, TypeError):
                 say(f"skipped {file}: cut short or of another version")
     if not runs:
         named = ", ".join(map(str, paths))
@@ -771,27 +764,12 @@ def read_results(paths) -> tuple[dict, list[dict]]:
     return header or {"title": only, "setting": only, "paper": ""}, runs
 
 
-def shared_flags(runs: list[dict]) -> dict:
-    """The flags that all runs have, with the same value."""
-    first = runs[0]["flags"]
-    return {k: v for k, v in first.items() if all(run["flags"].get(k, ...) == v for run in runs)}
-
-
-def filled(runs: list[dict]) -> list[dict]:
-    """Runs with the rows of the original and the gold model that `pack` leaves out."""
-    first = {}
-    for run in runs:
-        if "metrics" in run:
-            known = first.setdefault(run["split_seed"], run["metrics"])
-            run["metrics"] = {row: known[row] for row in ("original", "retrained")} | run["metrics"]
-    return runs
-
-
 def pack(paths, target: pathlib.Path):
     """Append runs to a packed file, six digits a number; a run that is there is replaced."""
     header, runs = read_results([target, *paths] if target.is_file() else paths)
     runs = list({run_key(run): run for run in runs}.values())
-    header["flags"] = shared_flags(runs)
+    flags = runs[0]["flags"].items()
+    header["flags"] = {k: v for k, v in flags if all(r["flags"].get(k, ...) == v for r in runs)}
     lines, first = [json.dumps(header, ensure_ascii=False)], {}
     left_out = {"dataset", "setting", "metric", "peak_memory_bytes", "versions", "date", "log"}
     left_out |= {"device"}
@@ -809,11 +787,7 @@ def pack(paths, target: pathlib.Path):
 
 
 def rounded(value):
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def run_key(run) -> tuple:
@@ -925,12 +899,7 @@ def rows_of(found: dict, kind: str) -> dict:
         for k, run in runs.items():
             own, seconds = quantities(run, "unlearned", kind), run["seconds"]
             own["UT"] = seconds["unlearn"] + seconds.get("mi_models", 0)
-            own |= {
-                "passes": run.get("passes"),
-                "search": run.get("search"),
-                "open": run.get("open"),
-                "nothing": run.get("nothing"),
-            }
+            own |= {key: run.get(key) for key in ("passes", "search", "open", "nothing")}
             own["touches"] = ", ".join(run["access"]["unlearning"])
             table.setdefault(label, {})[k] = own
     return table
@@ -1009,8 +978,8 @@ def paper_cell(paper: dict, label: str, kind: str) -> str:
 
 def draw_table(path, table: dict, kind: str, title: str):
     """Two columns of a table as dots, one a split, and their mean; dotted: the gold model's."""
-    size = dict(figsize=(9, 1.2 + 0.26 * len(table)), layout="constrained")
-    canvas, panels = pyplot().subplots(1, 2, sharey=True, **size)
+    canvas = new_figure(9, 1.2 + 0.26 * len(table))
+    panels = canvas.subplots(1, 2, sharey=True)
     main = "ToW (100: equal to gold)" if kind == "mu" else "average gap to gold (0: equal to it)"
     lost = "score lost on $D_f$ less that lost by a control"
     for axes, key, what in zip(panels, ("main", "lost"), (main, lost), strict=True):
@@ -1028,7 +997,6 @@ def draw_table(path, table: dict, kind: str, title: str):
     panels[0].invert_yaxis()
     canvas.suptitle(f"{title}; dot: a split, diamond: mean, dotted line: gold", fontsize=10)
     save_figure(canvas, path)
-    say(f"figure: {path}")
 
 
 def print_table(table: str, header: dict, runs: list, args) -> bool:
@@ -1102,22 +1070,17 @@ MEANING = {
 }
 
 
-def rmia(x, x_references, z, z_references, gamma=1.0, a=0.3) -> torch.Tensor:
-    """How sure RMIA is that each x was trained on: the share of points z that x beats.
+def rmia(x, x_references, a=0.3) -> torch.Tensor:
+    """RMIA's ratio Pr(x | theta) / Pr(x): the higher, the surer that x was trained on.
 
-    x beats z when LR(x, z) = [Pr(x | theta) / Pr(x)] / [Pr(z | theta) / Pr(z)] reaches gamma. Here
-    Pr(.) = ((1 + a) Pr_out + 1 - a) / 2: Pr_out is the mean over reference models that never saw
-    the point, and the rest stands in for models that were trained on it. Shapes: x (N,),
-    x_references (R, N), z (M,), z_references (R, M) -> (N,) in [0, 1]. Source: Zarifzadeh et al.
-    2024, the offline attack of their appendix (a 0.3). With one population z for all x the score
-    rises with x's own ratio, so gamma (theirs: 2) and z change no figure that is reported here.
+    Pr(x) = ((1 + a) Pr_out + 1 - a) / 2: Pr_out is the mean over reference models that never saw x,
+    and the rest stands in for models that were trained on it. Shapes: x (N,), x_references (R, N)
+    -> (N,). The score of the paper is the share of points z of a population that x beats, LR(x) /
+    LR(z) >= gamma; with one population for all x it rises with x's own ratio, so that ROC curves,
+    all that is reported here, are the same. Source: Zarifzadeh et al. 2024, the offline attack of
+    their appendix (a 0.3).
     """
-    pairs = ((x, x_references), (z, z_references))
-    of_x, of_z = (p / (((1 + a) * q.mean(0) + 1 - a) / 2) for p, q in pairs)
-    # RMIA score: how many gamma LR(z) lie at or below LR(x), without the matrix of all pairs
-    share = torch.searchsorted(gamma * of_z.sort().values, of_x, right=True).double() / len(of_z)
-    # With few points z many scores tie at 1; among ties the ratio of x decides.
-    return share + 1e-9 * of_x / (1 + of_x)
+    return x / (((1 + a) * x_references.mean(0) + 1 - a) / 2)
 
 
 def roc(members, others) -> tuple[float, dict]:
@@ -1133,14 +1096,11 @@ def roc(members, others) -> tuple[float, dict]:
 def membership(sure: dict, references: list[dict]) -> dict:
     """All attacks on one model, in percent.
 
-    sure: confidences (n,) of retain, forget, val and test, and support where people are forgotten;
-    references: those of models that were trained on none of these but retain. The population z is
-    the validation set, which no model was trained on.
+    sure: confidences (n,) of retain, forget and test, and support where people are forgotten;
+    references: those of models that were trained on none of these but retain.
     """
-    z, of = torch.stack([r["val"] for r in references]), {}
-    for s in ("forget", "test"):
-        of[s] = rmia(sure[s], torch.stack([r[s] for r in references]), sure["val"], z)
-    auc, at = roc(of["forget"], of["test"])
+    sets = ("forget", "test")
+    auc, at = roc(*(rmia(sure[s], torch.stack([r[s] for r in references])) for s in sets))
     svc = membership_inference(sure["retain"], sure["test"], sure["forget"])
     loss_auc = roc(sure["forget"], sure["test"])[0]  # confidence is exp(-loss): the same order
     figures = {"SVC": svc, "loss AUC": loss_auc, "RMIA AUC": auc}
@@ -1158,13 +1118,11 @@ def unlearned_files(args) -> dict:
     return {name: path for name, path in files.items() if name not in ("original", "gold")}
 
 
-def unlearned_models(args, split, model) -> dict:
-    """{name of the run: its unlearned model} of all checkpoints of this split and seed."""
-    models = {}
-    for name, path in unlearned_files(args).items():
-        saved = common.load_checkpoint(path, "model", which="unlearned", split=split["hash"])
-        models[name] = common.with_parameters(model, saved["model"])
-    return models
+def unlearned_model(name: str, args, split, model):
+    """The unlearned model of a run of this split and seed."""
+    path = unlearned_files(args)[name]
+    saved = common.load_checkpoint(path, "model", which="unlearned", split=split["hash"])
+    return common.with_parameters(model, saved["model"])
 
 
 def attack(args, device):
@@ -1189,7 +1147,7 @@ def attack(args, device):
 
     def sure_of(m):
         sure = {}
-        for s in {"retain", "forget", "val", "test", "support"} & set(split):
+        for s in {"retain", "forget", "test", "support"} & set(split):
             sure[s] = confidence(predict(m, data, split[s], args.amp), data["targets"][split[s]])
         return sure
 
@@ -1197,9 +1155,9 @@ def attack(args, device):
     known = [sure_of(m) for m in golds]
     found = {"original": membership(sure_of(model), known), "gold": membership(known[0], known[1:])}
     found["retrain"] = membership(known[1], known[:1] + known[2:])
-    for name, m in unlearned_models(args, split, model).items():
+    for name in unlearned_files(args):
         if name != "retrain":  # it is among the references, and stands in the table already
-            found[name] = membership(sure_of(m), known)
+            found[name] = membership(sure_of(unlearned_model(name, args, split, model)), known)
     result = run_header("attack", data, split, args, flags) | {"attacks": found}
     common.write_json(path, result | common.provenance(device))
     title = f"{data['name']}, {setting(args)}"
@@ -1249,15 +1207,14 @@ def people(args, device) -> dict:
         there = f"{checkpoint_folder(args)} holds {', '.join(unlearned_files(args)) or 'none'}"
         fail(f"no unlearned model of {', '.join(absent)}; {there}; name others with --rows")
     model, gold, _ = train_both(data, split, args)
-    unlearned = unlearned_models(args, split, model)
+    unlearned = [unlearned_model(name, args, split, model) for name in args.rows]
     f = {s: predict(model, data, split[s], features=True) for s in ("forget", "retain", "support")}
     owner, centroid = {s: data["identities"][split[s]] for s in f}, {}
     for s in ("forget", "retain"):
         centroid[s] = {int(i): f[s][owner[s] == i].mean(0) for i in np.unique(owner[s])}
     out = {"data": data, "split": split, "forget": [], "retain": []}
     for s, before, measure_of in (("forget", gold, accuracy), ("retain", model, score)):
-        models = [before, *(unlearned[name] for name in args.rows)]
-        logits = [predict(m, data, split[s], args.amp) for m in models]
+        logits = [predict(m, data, split[s], args.amp) for m in (before, *unlearned)]
         y = data["targets"][split[s]]
         for i, center in centroid[s].items():
             mine = torch.as_tensor(owner[s] == i)
@@ -1295,16 +1252,14 @@ def binned(points: list, bins=5) -> list[dict]:
 
 
 def figure(args, device):
-    """Draw figure 4 or 5 over split seeds 0 to --seeds less 1, or 6 of split 0, and print it."""
-    seeds = range(1 if args.figure == 6 else args.seeds)
-    splits = [people(argparse.Namespace(**vars(args) | {"split_seed": k}), device) for k in seeds]
-    dataset = pathlib.Path(args.dataset).name
+    """Draw figure 4 or 5 over --seeds splits from --split-seed on, or 6 of the first; print it."""
+    dataset, points = pathlib.Path(args.dataset).name, []
     path = pathlib.Path(args.out) / f"figure{args.figure}-{dataset}-ids{args.ids}.png"
-    if args.figure == 6:
-        return hardest_people(splits[0], path, args)
-    points = []
-    for split in splits:
-        shown = split["forget" if args.figure == 4 else "retain"]
+    for k in range(args.split_seed, args.split_seed + args.seeds):
+        found = people(argparse.Namespace(**vars(args) | {"split_seed": k}), device)
+        if args.figure == 6:
+            return hardest_people(found, path, args)
+        shown = found["forget" if args.figure == 4 else "retain"]
         own = np.array([(p["distance"], p["change"]) for p in shown])  # (n, 2)
         # Each split's model has its own unit of distance.
         points.append(np.c_[own[:, 0] / np.median(own[:, 0]), own[:, 1]])
@@ -1319,12 +1274,12 @@ def figure(args, device):
     say(f"\nfigure {args.figure}, {title}\n{render(lines, args.markdown)}")
     say(f"Spearman's rank correlation, mean over splits: {with_half(*rank, 2)} ({said})")
     draw_bins(path, bins, args.figure, title)
-    say(f"figure: {path}")
 
 
 def draw_bins(path, bins, number, title):
     """Means with 95 % intervals over distance, with the number of identities in each bin."""
-    canvas, axes = pyplot().subplots(figsize=(6, 3.6), layout="constrained")
+    canvas = new_figure(6, 3.6)
+    axes = canvas.subplots()
     center, mean, half = (np.array([b[key] for b in bins]) for key in ("center", "mean", "half"))
     axes.errorbar(center, mean, np.nan_to_num(half), fmt="ko-", capsize=4, linewidth=1)
     for b in bins:  # along the bottom, where no interval lies
@@ -1349,7 +1304,7 @@ def hardest_people(found, path, args):
     hardest = sorted(found["forget"], key=lambda p: -p["distance"])[:5]
     lines = [["identity", "distance", "change (points)"]]
     lines += [[str(p["identity"]), f"{p['distance']:.2f}", f"{p['change']:+.1f}"] for p in hardest]
-    say("\nfigure 6: the hardest identities of split 0, by distance")
+    say(f"\nfigure 6: the hardest identities of split {args.split_seed}, by distance")
     say(render(lines, args.markdown))
     shows_people = data["name"] not in ("toyfaces", "qmnist")
     if shows_people:  # only where git does not look
@@ -1357,7 +1312,8 @@ def hardest_people(found, path, args):
         git = ["git", "-C", str(path.parent), "check-ignore", "-q", str(path.resolve())]
         if shutil.which("git") and subprocess.run(git, capture_output=True).returncode == 1:
             fail(f"{path} could be committed, and shows real people; git must ignore --data-dir")
-    canvas, axes = pyplot().subplots(5, 6, figsize=(6, 5.75), layout="constrained")
+    canvas = new_figure(6, 5.75)
+    axes = canvas.subplots(5, 6)
     for cell in axes.flat:
         cell.axis("off")
     for line, p in zip(axes, hardest, strict=False):
@@ -1367,8 +1323,7 @@ def hardest_people(found, path, args):
             cell.imshow(data["images"][i].cpu().numpy())
         line[0].set_title(f"S, identity {p['identity']}", fontsize=7)
         line[1].set_title("$D_f$", fontsize=7)
-    save_figure(canvas, path)
-    say(f"figure: {path}" + (" (real people: not for publishing)" if shows_people else ""))
+    save_figure(canvas, path, " (real people: not for publishing)" if shows_people else "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1394,7 +1349,7 @@ def parse_args(argv=None):
     add("--references", type=common.count, default=2, help="gold models beside the first for RMIA")
     add("--rows", nargs="+", default=["metaunlearn-selective", "ga", "ssd"],
         help="runs whose mean the figures show; paper: its best three")
-    add("--seeds", type=common.count, default=1, help="figures: split seeds 0 to this less 1")
+    add("--seeds", type=common.count, default=1, help="figures: splits, from --split-seed on")
     add("--out", default="runs", help="folder of the attack's run file, and of figures")
     # fmt: on
     common.add_shared_arguments(parser)

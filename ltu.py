@@ -566,8 +566,7 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
     problems = None
     if args.forget == "identities":
         problems = evaluate.simulated_problems(model, data, split, args)
-    of_data = data, split, judges, args
-    judged = problems, evaluate.goal_of(model, problems, *of_data), *of_data
+    judge = evaluate.judging(model, problems, data, split, judges, args)
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values)
@@ -579,17 +578,14 @@ def search(model, data, split, at_hand, judges, attacks, args, partial=None) -> 
                 others = evaluate.left_of(at_hand + split["forget"], problem)
             return unlearn(model, data, request, others, attacks, own)[0]
 
-        return evaluate.judge(unlearned, *judged)
+        return judge(unlearned)
 
     # An iteration reads S and, where it remembers, N query sets.
     remembers = np.mean([turns(t, args)[0] for t in (0, 1)])
     D = len(split["retain"]) + len(split["forget"])
     most = evaluate.LONGEST * args.epochs * D / ((1 + N * remembers) * len(split["forget"]))
     start = {flag: float(getattr(args, flag)) for flag in args.search}
-    if "passes" in start:
-        start["passes"] = min(start["passes"], float(f"{most:.3g}"))
-    nothing = evaluate.judge(lambda problem=None: model, *judged)
-    most = {"passes": float(f"{most:.3g}")}
+    nothing, most = judge(lambda problem=None: model), {"passes": float(f"{most:.3g}")}
     return evaluate.search(start, distance, nothing, args, partial, most)
 
 

@@ -43,6 +43,7 @@ measured yet.
 """
 
 import argparse
+import contextlib
 import math
 import pathlib
 import sys
@@ -59,18 +60,7 @@ from torch.utils.data import SequentialSampler
 import baselines
 import common
 import evaluate
-from common import (
-    fail,
-    generator,
-    kl_divergence,
-    load_checkpoint,
-    rank_and_world,
-    save_checkpoint,
-    say,
-    score,
-    task_losses,
-    with_parameters,
-)
+from common import fail, generator, rank_and_world, say, score, task_losses, with_parameters
 from data import (
     of_tensors,
     predict,
@@ -235,11 +225,11 @@ def image_losses(name: str, logits, targets, logits_0, scrub=False) -> Tensor:
     """
     multilabel = targets.ndim == 2
     if scrub:
-        divergence = kl_divergence(logits_0, logits, multilabel, T=4.0)
+        divergence = common.kl_divergence(logits_0, logits, multilabel, T=4.0)
         kept = 0.99 * task_losses(logits, targets) + 0.001 * divergence
         return divergence if name == "f" else kept
     if name == "r":
-        return kl_divergence(logits_0, logits, multilabel)
+        return common.kl_divergence(logits_0, logits, multilabel)
     return task_losses(logits, targets)
 
 
@@ -517,7 +507,7 @@ def meta_train(model, data, split, args, fisher=None, path=None) -> tuple[MetaLo
     partial, first = path and path.with_suffix(".partial.pt"), 0
     unfinished = content | {"weights": common.digest_of(model)}
     if partial and args.resume and partial.is_file():
-        saved = load_checkpoint(partial, "partial meta-loss", **unfinished)
+        saved = common.load_checkpoint(partial, "partial meta-loss", **unfinished)
         with common.reading(partial):
             h_phi.load_state_dict(saved["phi"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -527,9 +517,10 @@ def meta_train(model, data, split, args, fisher=None, path=None) -> tuple[MetaLo
     original = original_outputs(model, data, split, args)
     epochs = 1 if args.dry_run else args.meta_epochs
     for epoch in range(first, epochs):
-        epoch_began = common.clock(device)
-        A = meta_epoch(h_phi, optimizer, model, data, split, original, epoch, args)
-        if not all(torch.isfinite(p).all() for p in h_phi.parameters()):
+        epoch_began, A = common.clock(device), None
+        with contextlib.suppress(FloatingPointError):  # of outputs that are not finite
+            A = meta_epoch(h_phi, optimizer, model, data, split, original, epoch, args)
+        if A is None or not all(torch.isfinite(p).all() for p in h_phi.parameters()):
             advice = "lower --alpha, --alpha-step or --eta"
             fail(f"the meta-loss is not finite in epoch {epoch + 1}; {advice}")
         now = common.clock(device)
@@ -542,20 +533,20 @@ def meta_train(model, data, split, args, fisher=None, path=None) -> tuple[MetaLo
         if partial and rank == 0 and due:
             state = dict(phi=h_phi.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
             state |= dict(seconds=now - begin, **unfinished)
-            save_checkpoint(partial, kind="partial meta-loss", **state)
+            common.save_checkpoint(partial, kind="partial meta-loss", **state)
             saved_at = now
     seconds = common.clock(device) - begin
     if path and rank == 0:
         state = dict(phi=h_phi.state_dict(), model=model.state_dict(), seconds=seconds)
         state |= {"fisher": fisher} if fisher else {}
-        save_checkpoint(path, kind="meta-loss", **state, **content)
+        common.save_checkpoint(path, kind="meta-loss", **state, **content)
         partial.unlink(missing_ok=True)
     common.wait_for_all()
     return h_phi.eval(), seconds
 
 
 def simulated_unlearning(h_phi, model, data, split, args):
-    """A function that gives the model unlearned of a simulated request, see evaluate.judge."""
+    """A function that gives the model unlearned of a simulated request, see evaluate.judging."""
     f, theta = f_and_theta(model, args)
 
     def unlearned(problem):
@@ -567,16 +558,17 @@ def simulated_unlearning(h_phi, model, data, split, args):
 
 def search(model, data, split, args, fisher=None, partial=None) -> tuple[dict, dict]:
     """Choose the flags args.search by evaluate.search, as those of every baseline are chosen."""
-    judged = (evaluate.simulated_problems(model, data, split, args), None, data, split, None, args)
+    problems = evaluate.simulated_problems(model, data, split, args)
+    judge = evaluate.judging(model, problems, data, split, None, args)
 
     def distance(values) -> float:
         own = argparse.Namespace(**vars(args) | values | {"resume": False})
         h_phi, _ = meta_train(model, data, split, own, fisher)
         unlearned = simulated_unlearning(h_phi, model, data, split, own)
-        return evaluate.judge(unlearned, *judged)
+        return judge(unlearned)
 
     start = {flag: getattr(args, flag) for flag in args.search}
-    nothing = evaluate.judge(lambda problem: model, *judged)
+    nothing = judge(lambda problem: model)
     return evaluate.search(start, distance, nothing, args, partial)
 
 
@@ -649,13 +641,6 @@ def meta_loss_content(data, split, args) -> dict:
     return content | {flag: getattr(args, flag) for flag in META_FLAGS}
 
 
-def earlier_meta_loss(path, data, split, args) -> dict | None:
-    """The content of the file at path, checked before anything is trained; None: to be learned."""
-    if not args.meta_loss and (args.overwrite or not path.is_file()):
-        return None
-    return load_checkpoint(path, "meta-loss", **meta_loss_content(data, split, args))
-
-
 def restore_meta_loss(saved: dict, path, model, data, split, args) -> tuple[MetaLoss, float]:
     """h_phi of a file that was made for these very weights, and the seconds that it took."""
     with common.reading(path):
@@ -697,7 +682,7 @@ def unlearn_from_files(saved: dict, args, device):
     with torch.no_grad():
         before, after = (task_losses(m(S[0])[1], S[1]).mean().item() for m in (model, changed))
     content = about | {"which": "unlearned", "model": changed.state_dict()}
-    save_checkpoint(target, kind="model", **content)
+    common.save_checkpoint(target, kind="model", **content)
     say(
         f"people unlearned: {len(set(people))}; task loss on their pictures {before:.3f} -> "
         f"{after:.3f}; model written to {target}"
@@ -712,8 +697,10 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     """Train the two models and h_phi, or load them; unlearn the real S; measure, and report."""
     own = checkpoint_folder(args) / f"{name}-seed{args.seed}.meta.pt"
     path = pathlib.Path(args.meta_loss or own)
+    saved, more, there = None, {}, path.is_file() and not args.overwrite
     # A search may end at other flags than those of a meta-loss that is there.
-    saved, more = None if args.search else earlier_meta_loss(path, data, split, args), {}
+    if (args.meta_loss or there) and not args.search:  # checked before anything is trained
+        saved = common.load_checkpoint(path, "meta-loss", **meta_loss_content(data, split, args))
     model, gold, seconds = train_both(data, split, args)
     if saved:
         h_phi, seconds["meta_train"] = restore_meta_loss(saved, path, model, data, split, args)
@@ -739,7 +726,7 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
     unlearned = simulated_unlearning(h_phi, model, data, split, args)
     simulated = evaluate.simulated_tow(unlearned, problems, data, args.amp)
     say(f"simulated ToW of METAUNLEARN: {100 * simulated:.1f}")
-    models = {"original": model, "retrained": gold, "ascent": ascended}
+    models = {"original": model, "retrained": gold} | ({"ascent": ascended} if ascended else {})
     models["unlearned"] = with_parameters(model, theta_u)
     rows = evaluate.measure_all(models, data, split, args)
     seconds["evaluate"] = common.clock(data["device"]) - done
@@ -847,7 +834,7 @@ def main(argv=None):
     if args.check_gradient and device.type == "mps":
         device = torch.device("cpu")  # MPS has no float64
     if args.meta_loss:
-        saved = load_checkpoint(args.meta_loss, "meta-loss")
+        saved = common.load_checkpoint(args.meta_loss, "meta-loss")
         with common.reading(args.meta_loss):
             made_with = {flag: saved[flag] for flag in META_FLAGS} | {"eta": float(saved["eta"])}
             for flag, value in made_with.items():  # a tensor, of a damaged file, compares badly

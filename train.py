@@ -20,18 +20,7 @@ import pathlib
 import torch
 
 import common
-from common import (
-    autocast,
-    build_model,
-    fail,
-    generator,
-    load_checkpoint,
-    rank_and_world,
-    save_checkpoint,
-    say,
-    score,
-    task_losses,
-)
+from common import autocast, build_model, fail, generator, rank_and_world, say, score, task_losses
 from data import PRESETS as DATA_PRESETS
 from data import (
     augment,
@@ -137,7 +126,7 @@ def train(which: str, data: dict, split: dict, args):
     init = "none" if path.is_file() else args.init
     model = build_model(args.model, data["classes"], args.image_size, init, seed).to(device)
     if path.is_file():
-        saved = load_checkpoint(path, "model", **identity)
+        saved = common.load_checkpoint(path, "model", **identity)
         with common.reading(path):
             say(f"{which}: loaded {path} (validation {100 * saved['best']:.1f})")
             model.load_state_dict(saved["model"])
@@ -151,7 +140,7 @@ def train(which: str, data: dict, split: dict, args):
     epochs, done = 1 if args.dry_run else args.epochs, 0
     kept = {"best": -1.0, "best_state": None, "seconds": 0.0}
     if args.resume and partial.is_file():
-        saved = load_checkpoint(partial, "partial model", **identity)
+        saved = common.load_checkpoint(partial, "partial model", **identity)
         with common.reading(partial):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -178,16 +167,16 @@ def train(which: str, data: dict, split: dict, args):
         )
         if rank == 0 and epoch + 1 < epochs and now - saved_at >= common.PARTIAL_EVERY:
             progress = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch)
-            save_checkpoint(partial, kind="partial model", **progress, **kept, **identity)
+            common.save_checkpoint(partial, kind="partial model", **progress, **kept, **identity)
             saved_at = now
     if rank == 0:
         content = dict(model=kept["best_state"], best=kept["best"], seconds=kept["seconds"])
         content |= dict(architecture=args.model, image_size=args.image_size, indices=split)
-        save_checkpoint(path, kind="model", **content, **identity)
+        common.save_checkpoint(path, kind="model", **content, **identity)
         partial.unlink(missing_ok=True)
     common.wait_for_all()
     if world > 1:  # batch-norm statistics are each process's own: all take the first one's
-        kept["best_state"] = load_checkpoint(path, "model", **identity)["model"]
+        kept["best_state"] = common.load_checkpoint(path, "model", **identity)["model"]
     model.load_state_dict(kept["best_state"])
     return model.to(memory_format=torch.contiguous_format).eval(), kept["seconds"]
 

@@ -13,8 +13,9 @@ for k in 0 1 2 3 4; do
     python baselines.py $share --method retrain
     python ltu.py $share --search
   done
-  python baselines.py $tenth --search --rho 0.1 --name rho0.1 --method ft randl badt salun scrub
-  python baselines.py $tenth --search --rho 0.3 --name rho0.3 --method ft randl badt salun amnesiac fisher scrub
+  for rho in 0.1 0.3; do
+    python baselines.py $tenth --search --rho $rho --name rho$rho --method ft randl badt salun scrub
+  done
   python ltu.py $tenth --search --rho 0.1 --name rho0.1
   for part in forfeed remfeed metaopt; do # Table 3, with flags of its own and with LTU's
     python ltu.py $tenth --no-$part --search --name no-$part

@@ -1116,8 +1116,8 @@ def test_search_of_a_method_that_reads_d_r_passes_over_it_a_fifth_as_often(train
     def searched(start, distance, nothing, args, partial, most):
         bounds[method] = dict(most)
         judges = B.sets_of(split, args)["judges"].tolist()
-        goal = evaluate.goal_of(model, None, data, split, judges, args)
-        assert nothing == evaluate.validation_gap(model, goal, data, split, judges, args)["mean"]
+        judge = evaluate.judging(model, None, data, split, judges, args)
+        assert nothing == judge(lambda: model)
         return start, {}
 
     monkeypatch.setattr(evaluate, "search", searched)
@@ -1174,7 +1174,7 @@ def test_the_ascent_step_is_chosen_by_simulated_tow(trained):
     # A run of METAUNLEARN with other flags does not search again, if it may resume.
     for args.resume in (True, False):
         args.preset, args.eta = "another", 5.0
-        with patch.object(evaluate, "judge", side_effect=evaluate.judge) as judged:
+        with patch.object(evaluate, "simulated_tow", side_effect=evaluate.simulated_tow) as judged:
             assert B.ascent_step(model, data, split, args)[1] == step
         assert (judged.call_count > 1) == (not args.resume)  # once for the original model
 
@@ -1195,8 +1195,7 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, mon
     args, data, split, model = opened(run, "--search")
     judges, ft = B.sets_of(split, args)["judges"].tolist(), copy.deepcopy(model)
     ft.load_state_dict(state(run, "ft-searched"))
-    goal = evaluate.goal_of(model, None, data, split, judges, args)
-    got = evaluate.validation_gap(ft, goal, data, split, judges, args)["mean"]
+    got = evaluate.judging(model, None, data, split, judges, args)(lambda: ft)
     assert best["distance"] == pytest.approx(got, abs=1e-5)
     lr, saved = results["GA"]["chosen"]["unlearn_lr"], str(run.folder / "ga.pt")
     result = B.main([*once, "--unlearn-lr", str(lr), "--name", "given", "--save", saved])["GA"]

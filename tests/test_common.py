@@ -83,6 +83,10 @@ def test_score_is_macro_map_or_accuracy():
     expected = accuracy_score(targets, logits.argmax(1))
     assert common.score(logits, targets) == pytest.approx(expected, abs=1e-12)
     assert common.score(torch.eye(4)[targets], targets) == 1
+    logits[7, 1] = torch.nan
+    for y in (targets, torch.eye(4)[targets]):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            common.score(logits, y)
 
 
 def scores_of(retain, forget, test, **more):
@@ -321,10 +325,17 @@ def test_useless_initial_weights_end_in_one_line(name, size, what, tmp_path, cap
     assert ("no such file" in line) == (what == "missing.pt")
 
 
-@pytest.mark.parametrize("name", ["no_such_model", "toy_vit", "vit_tiny_patch16_224"])
+IMPOSSIBLE = ["no_such_model", "toy_vit", "vit_tiny_patch16_224", "deit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_impossible_model_ends_in_one_line(name, capsys):
     """An unknown name; images that patches do not cover (timm would cut off the rest of each)."""
-    assert "20" in refused(capsys, name, common.build_model, name, 5, 20)
+    assert "42" in refused(capsys, name, common.build_model, name, 5, 42)
+
+
+def test_a_vit_by_name_alone_needs_no_image_size():
+    assert common.build_model("efficientvit_m0", 5, 64).width == 192
 
 
 @pytest.mark.parametrize("outputs", [5, 7])
@@ -420,6 +431,7 @@ STOPS = {  # what stops a script: exit code, the one line
     MemoryError("800 GiB"): (2, "error: not enough memory (800 GiB)"),
     RuntimeError("can't allocate memory"): (2, "error: not enough memory"),
     OSError(errno.ENOSPC, "full"): (2, "error: the disk of the output is full"),
+    FloatingPointError("it diverged"): (2, "error: it diverged"),
 }
 
 

@@ -484,7 +484,8 @@ def test_qmnist_reader(tmp_path):
     d = data.load(args_of("qmnist", tmp_path))
     assert d["targets"].tolist() == labels[:, 0].tolist() and d["targets"].dtype == torch.int64
     assert d["classes"] == 10 and d["identities"].tolist() == labels[:, 2].tolist()
-    assert d["images"].shape == (50, 8, 8, 3) and d["is_test"] is None
+    assert d["images"].shape == (50, 8, 8, 3)
+    assert d["is_test"].tolist() == [False] * 30 + [True] * 20
     assert (d["images"] == d["targets"][:, None, None, None] * 20).all()
 
 
@@ -691,6 +692,12 @@ def test_photographs_are_turned_upright(orientation, width, tmp_path):
     write_lines(tmp_path / "labels.csv", ["file,identity,hat", "0.jpg,7,1"])
     images, _, _ = data.read_pictures(tmp_path, ["hat"], True, 32)
     assert (images[0, :, 2:14, 2:14] > 0.7).all() and (images[0, :, 18:] < 0.1).all()
+
+
+def test_sixteen_bits_of_grey_stay_grey(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "0.png")
+    assert np.array_equal(data._decode(tmp_path / "0.png", 16)[..., 1], ramp // 257)
 
 
 CSV = {  # labels.csv, what is said of it

@@ -747,8 +747,8 @@ def test_search_hands_out_the_model_that_was_judged_and_like_takes_its_choice(
     (path,) = (run.folder / "ckpt").rglob("ltu-found-seed0.pt")
     originals = path.with_name("original-seed0.pt")
     models = [common.load_model(name)[0] for name in (path, originals)]
-    goal = E.goal_of(models[1], None, data, split, judges, args)
-    got, same = (E.validation_gap(m, goal, data, split, judges, args)["mean"] for m in models)
+    judge = E.judging(models[1], None, data, split, judges, args)
+    got, same = (judge(lambda m=m: m) for m in models)
     assert best["distance"] == pytest.approx(got, abs=1e-5) and found["nothing"] == same
     alike = L.main([*flags, "alike", "--like", "ltu-found"])
     assert alike["metrics"] == found["metrics"] and alike["chosen"] == found["chosen"]
@@ -877,7 +877,7 @@ def test_images_that_no_feedback_needs_are_not_read(digits, monkeypatch):
         assert digits.data["read"] - before == read
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(L.evaluate, "search", lambda *given: (given[-1], {}))
-            patch.setattr(L.evaluate, "judge", lambda *_: 0.0)
+            patch.setattr(L.evaluate, "judging", lambda *_: lambda _: 0.0)
             args.search, own = ["passes"], (digits.model, digits.data, digits.split, digits.seen)
             most = L.search(*own, digits.seen, None, args)[0]
         images = {1024: 4, 256: 1, 640: 2.5}[read - (121 + len(digits.seen)) * (read > 256)]

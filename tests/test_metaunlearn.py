@@ -749,6 +749,16 @@ def test_a_result_that_is_there_is_shown_or_kept(copied, trained, tmp_path, caps
     assert json.loads(path.read_text()) == again
 
 
+def test_a_bar_that_diverges_does_not_lose_metaunlearn(copied, trained, tmp_path, monkeypatch):
+    def diverges(*_):
+        raise FloatingPointError
+
+    monkeypatch.setattr(baselines, "run", diverges)
+    result = M.main([*copied, "--overwrite", "--meta-loss", str(tmp_path / trained.where)])
+    assert list(result["metrics"]) == ["original", "retrained", "unlearned"]
+    assert result["metrics"]["unlearned"] == trained.result["metrics"]["unlearned"]
+
+
 DRY = ["--preset code", "--preset selective", "--aux-loss scrub", "--meta-ids 2 --name two"]
 
 
@@ -769,12 +779,14 @@ def test_resumed_equals_uninterrupted(small, trained, tmp_path, capsys, monkeypa
 
     def save_and_stop(path, kind, **content):
         real(path, kind=kind, **content)
-        if kind in ("partial model", "partial meta-loss"):
+        if stops and kind == stops[0]:
+            stops.pop(0)
             raise KeyboardInterrupt  # as Ctrl-C would
 
-    for module in (T, M):
+    stops = ["partial model", "partial meta-loss"]
+    while stops:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, "save_checkpoint", save_and_stop)
+            patch.setattr(common, "save_checkpoint", save_and_stop)
             M.main(flags)
         assert list(tmp_path.rglob("*.partial.pt"))
     # What was learned for another model is not gone on with.
@@ -795,11 +807,10 @@ def test_seconds_are_of_the_clock_and_progress_is_kept_once_a_minute(small, tmp_
         real(path, kind=kind, **content)
 
     monkeypatch.setattr(common, "clock", lambda device: float(next(ticks)))
-    for module in (T, M):
-        monkeypatch.setattr(module, "save_checkpoint", save)
+    monkeypatch.setattr(common, "save_checkpoint", save)
     result = M.main([*short(small, tmp_path), "--epochs", "5", "--meta-epochs", "5"])
     each = ["partial model"] * 2 + ["model"]
-    assert kinds == [*each, *each, "partial meta-loss", "partial meta-loss", "meta-loss"]
+    assert kinds == [*each, *each, "partial meta-loss", "partial meta-loss", "meta-loss", "model"]
     seconds = result["seconds"]
     assert seconds["train"] == seconds["retrain"] == 125 and seconds["unlearn"] == 25
     assert seconds["meta_train"] == 275 and seconds["evaluate"] % 25 == 0
