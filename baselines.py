@@ -37,7 +37,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
 import evaluate
 from common import autocast, build_model, clock, fail, flag_name, generator, say, task_losses
-from data import augmented, of_tensors, predict, random_labels, raw_batch, reachable, targets_of
+from data import (
+    augmented,
+    batches,
+    of_tensors,
+    predict,
+    random_labels,
+    raw_batch,
+    reachable,
+    targets_of,
+)
 from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
@@ -50,11 +59,6 @@ EXACT_CLASSES, DRAWS = 20, 8  # labels of the Fisher information: all of them, o
 
 # --------------------------------------------------------------------------------------------------
 # What the loops share
-
-
-def batches(indices: Tensor, size: int, rng: torch.Generator):
-    """The indices in random order, `size` at a time; the last batch may be smaller."""
-    return indices[torch.randperm(len(indices), generator=rng)].split(size)
 
 
 def logits_of(model, images, args) -> Tensor:

@@ -606,6 +606,17 @@ def raw_batch(data: dict, indices) -> Tensor:
     return images.to(data["device"]).permute(0, 3, 1, 2).float() / 255
 
 
+def batches(indices: Tensor, size: int, rng: torch.Generator, least=2) -> list[Tensor]:
+    """The indices in random order, `size` at a time; the last batch may be smaller.
+
+    One with fewer than `least` joins the batch before: batch norm cannot train on a single image.
+    """
+    parts = list(indices[torch.randperm(len(indices), generator=rng)].split(size))
+    if len(parts) > 1 and len(parts[-1]) < least:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
 def targets_of(data: dict, indices) -> Tensor:
     """Labels at indices on the device: (B, K) or (B,)."""
     return data["targets"][torch.as_tensor(np.asarray(indices))].to(data["device"])
@@ -1016,8 +1027,9 @@ def from_folder(args):
         images = [folder / row["file"] for row in rows]
         if "identity" in rows[0]:
             people = [row["identity"] for row in rows]
-            if not all(map(str.isdecimal, people)):  # names get numbers, in their order
+            if not all(who.isdecimal() and len(who) < 19 for who in people):
                 people = np.unique(people, return_inverse=True)[1]
+                say("people are numbered from 0 in the order of their names, as --support has them")
             table["identities"] = np.array(people, int)
     else:
         known = Image.registered_extensions()

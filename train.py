@@ -24,6 +24,7 @@ from common import autocast, build_model, fail, generator, rank_and_world, say, 
 from data import PRESETS as DATA_PRESETS
 from data import (
     augment,
+    batches,
     describe,
     draw_augmentation,
     load,
@@ -113,8 +114,8 @@ def train(which: str, data: dict, split: dict, args):
     With --resume training goes on after the last epoch that was kept, of which there is at most one
     a minute. Under torchrun each process takes its share of every batch, and the result is that of
     one process but for rounding, batch-norm statistics and a last batch with fewer images than
-    processes, which is left out. Raises SystemExit(2) for a checkpoint of another split or recipe,
-    and when the loss is no longer finite.
+    processes, which joins the one before. Raises SystemExit(2) for a checkpoint of another split or
+    recipe, and when the loss is no longer finite.
     """
     assert which in ("original", "gold"), which
     device, (rank, world) = data["device"], rank_and_world()
@@ -204,14 +205,11 @@ def train_epoch(model, optimizer, data, chosen, epoch: int, seed: int, args) -> 
     device, (rank, world) = data["device"], rank_and_world()
     rng = generator(seed, epoch)
     torch.manual_seed(generator(seed, epoch, 17, rank).initial_seed())  # dropout: timm's models
-    order = chosen[torch.randperm(len(chosen), generator=rng)]
-    steps = math.ceil(len(chosen) / args.batch_size)
-    if 0 < len(chosen) % args.batch_size < world:
-        steps = max(1, steps - 1)  # a last batch with fewer images than processes is left out
-    total, taken = 0.0, min(2, steps) if args.dry_run else steps
+    parts, total = batches(chosen, args.batch_size, rng, max(2, world)), 0.0
+    steps = len(parts)
+    taken = min(2, steps) if args.dry_run else steps
     model.train()
-    for step in range(taken):
-        batch = order[step * args.batch_size : (step + 1) * args.batch_size]
+    for step, batch in enumerate(parts[:taken]):
         drawn, own = draw_augmentation(len(batch), args, rng)[rank::world], batch[rank::world]
         if epoch >= args.epochs - args.plain_epochs:
             drawn = drawn.new_zeros(len(own), 0)

@@ -25,6 +25,7 @@ from conftest import refused
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+import common
 import data
 import ltu
 import metaunlearn
@@ -413,6 +414,16 @@ def test_reader_keeps_image_labels_and_identity_together(tree, tmp_path, capsys)
     data.main(["--dataset", dataset, *flags])
     said = "60 images of 30 identities (18 for training); D_r 28, D_f 4, S 4, D_v 12, D_te 12"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n, least, sizes", [(64, 2, [64]), (65, 2, [65]), (66, 2, [64, 2])])
+def test_no_batch_of_a_single_image(n, least, sizes):
+    """Batch norm over maps of one pixel fails there, in the middle of a run."""
+    parts = data.batches(torch.arange(n) + 7, 64, common.generator(0), least)
+    assert [len(part) for part in parts] == sizes
+    assert sorted(torch.cat(parts).tolist()) == list(range(7, n + 7))
+    assert [len(p) for p in data.batches(torch.arange(131), 64, common.generator(0), 4)] == [64, 67]
+    assert len(data.batches(torch.arange(1), 64, common.generator(0))) == 1
 
 
 def test_images_are_squashed_whole(tmp_path):
