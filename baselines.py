@@ -7,18 +7,18 @@ Usage:
     python baselines.py --method scrub --search             # first choose its flags on D_v
     python baselines.py --method retrain                    # a second gold model, as a method
 
-One function a method, (student, data, have, args, rng): student is a copy of the model in eval
-mode, changed in place; `have` holds the image indices that this method may touch (METHODS), and
-`stored`, what it keeps between the tries of a search. Both protocols: random samples (cross
-entropy) and identities (binary cross entropy of each attribute), where SSD, PGU, JiT and, by us, GA
-and Influence have the Support set in place of D_f, as METAUNLEARN's Table 1 has them
-(--all-pictures: D_f). Multi-label versions have a Bernoulli for each attribute, where published
-code takes a softmax over attributes.
+Each method is a function of (student, data, have, args, rng). student is a copy of the model in
+eval mode and is changed in place. `have` holds the image indices that this method may touch
+(METHODS) and, as `stored`, what it keeps between the tries of a search. There are two protocols:
+random samples (cross entropy) and identities (binary cross entropy of each attribute). With
+identities SSD, PGU and JiT, as in METAUNLEARN's Table 1, and, by our choice, GA and Influence read
+the Support set in place of D_f; --all-pictures gives them D_f. Multi-label versions have a
+Bernoulli for each attribute, where published code takes a softmax over attributes.
 
 Symbols: theta model, D_f forget set (or Support S), D_r retain set (its share rho), D training set,
 p = |D_f| / |D|.
 
---search tries as many settings of each method, by one rule (evaluate.search).
+--search tries up to 12 settings of each method, chosen by the same rule (evaluate.search).
 """
 
 import argparse
@@ -50,7 +50,8 @@ from data import (
 from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train, train_both
 
-# Constants of the published code that no result of ours ever changed; the last two are ours.
+# Constants of the papers or their code, which no result of ours gave a reason to change; those in
+# the last line are ours.
 DECAY = 5e-4  # weight decay of SGD while unlearning; SalUn
 FISHER_CAP = 1e3  # Fisher: largest 1 / F; its code
 SCRUB_ALPHA, SCRUB_GAMMA = 0.001, 0.99  # SCRUB: weights of KL and of the task loss on D_r; its code
@@ -389,8 +390,8 @@ def pgu(student, data, have, args, rng):
 def reversed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """-log(1 - p_y + 0.05) - 0.2 H(p), averaged over images (and attributes).
 
-    It is bounded, and wants y unlikely and p undecided. Over every attribute; METAUNLEARN's code
-    indexes with the labels, so two attributes alone got it.
+    It is bounded, and least where y is unlikely and p undecided. Here it covers every attribute;
+    METAUNLEARN's code uses the labels, 0 and 1, as indices, and so covers two attributes alone.
     """
     if targets.ndim == 2:
         p, sign = logits.sigmoid(), 2 * targets - 1
@@ -739,9 +740,9 @@ def steps(lr=None, epochs=None, batch_size=None, optimizer=None) -> dict:
 FORGET, RETAIN, BOTH = ("forget",), ("retain",), ("forget", "retain")
 STORED = ("forget", "statistics")
 # One record a method: its function, its label, the sets that it may touch, its flags with their
-# values, those that --search moves (its step size first), and `on`, the values of a protocol, a
-# data set, or a data set with so many identities, which stand over the others. celeba, which
-# celebahq shares: METAUNLEARN's authors' code, where it has the method (its cosine schedules left
+# values, those that --search moves (its step size first), and `on`, values for a protocol, a data
+# set, or a data set with a number of identities, which override these. celeba, which celebahq
+# shares: METAUNLEARN's authors' code, where it has the method (its cosine schedules left
 # out); cifar10: SalUn's and SCRUB's code, but for RandL and GA.
 # A method's place is part of its random seed: add new ones at the end.
 # fmt: off
@@ -851,7 +852,7 @@ FORGET_IS_SUPPORT = ("ga", "ssd", "pgu", "jit", "influence")
 
 
 def own_args(method: str, args, **changes) -> argparse.Namespace:
-    """The flags of one method: its own values, under the command line's, under `changes`."""
+    """The flags of one method: its own values, overridden by the command line, then `changes`."""
     values, dataset = dict(METHODS[method]["flags"]), pathlib.Path(args.dataset).name
     for key in (args.forget, dataset.removesuffix("hq"), dataset, f"{dataset}-{args.ids}"):
         values |= METHODS[method]["on"].get(key, {})
@@ -953,13 +954,14 @@ def simulated_sets(problem, sets) -> dict:
 
 
 def forget(method: str, model, D_f, D_r=None, D_v=None, head=None, **flags) -> nn.Module:
-    """A copy of somebody's own model without D_f, by any method but retrain; writes no file.
+    """A copy of somebody's own model that has unlearned D_f by a method; writes no file.
 
     model: images -> logits (B, K), see common.Own. D_f, D_r, D_v: see data.of_tensors; a method
-    that reads D_f alone needs no D_r. flags: the method's own, unlearn_lr=0.01. With D_v those that
-    are not given and that --search moves are searched, with epochs as after a training of 60; D_r,
-    all of it, judges and is needed. Raises FloatingPointError where the method diverged, TypeError
-    for a flag that is none of the method's and for a missing D_r, ValueError for a model whose
+    that reads D_f alone needs no D_r. method: any but retrain. flags: its own, such as
+    unlearn_lr=0.01. With D_v, those that are not given and that --search moves are searched, with
+    unlearn_epochs bounded as for a model that was trained for 60 epochs; the settings are judged on
+    all of D_r, which is then needed. Raises FloatingPointError where the method diverged, TypeError
+    for a flag that the method does not have and for a missing D_r, ValueError for a model whose
     curvature is not known (influence).
     """
     wrong = set(flags) - set(METHODS[method]["flags"])
@@ -1064,7 +1066,7 @@ def parse_args(argv=None):
     add("--ssd-lambda", type=common.not_negative,
         help="SSD: dampening, theta times min(lambda I_D / I_f, 1); paper: 1")
     add("--temperature", type=common.positive, help="T of Bad Teacher (paper: 1), SCRUB (code: 4)")
-    add("--mask-share", type=common.share, help="SalUn: share of weights that move; README: 0.5")
+    add("--mask-share", type=common.share, help="SalUn: share of weights moved; its README: 0.5")
     add("--ascent-epochs", type=common.whole,
         help="SCRUB: epochs that begin with ascent on D_f; code: 2")
     add("--pgu-gamma", type=common.share, help="PGU: share of singular values kept; paper: 0.9")
@@ -1085,7 +1087,7 @@ def parse_args(argv=None):
     if args.all_pictures and not set(args.method) & set(FORGET_IS_SUPPORT):
         fail(f"--all-pictures is not used by {named}; it is about {support}")
     if args.search and args.forget in ("class", "subclass"):
-        fail(f"--search judges by images of D_v like D_f's; --forget {args.forget} leaves none")
+        fail(f"--search judges D_f by images like it in D_v; --forget {args.forget} leaves none")
     if args.search and args.method == ["retrain"]:
         fail("--search: retrain has no flag of its own to search")
     if args.save and len(args.method) > 1:

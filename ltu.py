@@ -34,9 +34,9 @@ No official code exists. Where the paper is silent this is what we do:
     8. N = 3 query sets. The sums of Eq. (4) are sums: three query losses weigh three times one.
     9. "w/o MetaOpt": the same losses, all at theta. "Iterative": g_f at odd, g_r at even
        iterations, without projection.
-    10. Passes over S run in float32, whatever --amp says: in bf16 g_f of a trained model was off by
-       6 to 89 %, as much as by leaving out the Hessian. That over Q_1..Q_3, of first order, follows
-       --amp, which moves g_r by 4 to 5 %, at a cosine of 0.999.
+    10. Passes over S run in float32, whatever --amp says: bf16 moved g_f of a trained model by 6 to
+       89 %, as much as leaving out the Hessian does. The pass over Q_1..Q_3, which needs first
+       derivatives alone, follows --amp: there bf16 moves g_r by 4 to 5 % (cosine 0.999).
     11. Images are augmented as in the last epochs of training (data.augmented).
 """
 
@@ -478,12 +478,13 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
 
 
 def forget(model, D_f, D_r_hat, D_v, head=None, **flags) -> nn.Module:
-    """A copy of somebody's own model without D_f, by LTU; writes no file.
+    """A copy of somebody's own model from which LTU has unlearned D_f; writes no file.
 
     model: images -> logits (B, K), see common.Own. D_f, D_r_hat, D_v: see data.of_tensors. flags:
-    of the command line, beta=0.01; alpha, beta and passes are searched where none is given, and a
-    tenth of D_r_hat, 30 images at least, judges then and is not trained on. Raises TypeError for a
-    flag that is none, SystemExit(2) where a step diverges.
+    as on the command line, such as beta=0.01. Where none of alpha, beta and passes is given, they
+    are searched; a tenth of D_r_hat (30 images at least, half of it at most) is then kept from
+    training and judges the settings. Raises TypeError for a flag that LTU does not have,
+    SystemExit(2) where a step diverges.
     """
     args = parse_args(["--forget", "random", "--augment", "none"])
     if set(flags) - set(METHOD_FLAGS):
@@ -518,7 +519,8 @@ def parse_args(argv=None):
     add("--support-size", type=common.between(2, 1e6, int), default=64,
         help="k, images in S, in D_Au and in each query set")
     add("--mi-models", type=common.between(2, 1000, int), default=4,
-        help="K; one is support, another query (paper: no value for --alpha to K)")
+        help="K, MI models, of which each iteration draws two; the paper gives no value for "
+        "--alpha, --beta, --passes, --support-size and this")
     add("--combine", choices=("project", "add", "iterative"), default="project",
         help="Eq. (12), or Table 4's: plain sum; in turns")
     add("--no-forfeed", action="store_false", dest="forfeed",
@@ -550,7 +552,7 @@ def parse_args(argv=None):
         fail(f"--search has nothing to choose: {', '.join(map(flag_name, moved))} are given")
     whole_class, unknown = args.forget in ("class", "subclass"), args.dataset not in _DATASETS
     if args.search and whole_class:
-        fail(f"--search judges by images of D_v like D_f's; --forget {args.forget} leaves none")
+        fail(f"--search judges D_f by images like it in D_v; --forget {args.forget} leaves none")
     # Other data's step sizes can destroy a model: where none is known or given, they are searched.
     unknown = unknown and free == moved and not whole_class and not args.like
     args.search = free if args.search or unknown else []

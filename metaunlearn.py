@@ -23,19 +23,21 @@ Where the paper is silent, or its authors' code differs, a preset decides:
     --preset paper      A as in Eq. (8), over all of D_f. Two departures of ours: theta_u is run on
                         --val-images random images of D_v (theta on all of it), and the last layer
                         of h_phi starts at 0, so that the first update is exactly 0.
-    --preset code       The authors' code: smooth-L1 distance in A; no gradient through
-                        L_task(D_v; theta_u); A averaged over pairs of 64 images of D_f and D_v;
-                        cls_token and pos_embed stay; h_phi is wide and has dropout (on celeba and
-                        celebahq with any preset) and starts at random; a cosine by epoch; S in
-                        float32 where the rest is in bf16.
+    --preset code       The authors' code: A has a smooth-L1 distance and no gradient through
+                        L_task(D_v; theta_u), and is averaged over pairs of 64 images of D_f and
+                        of D_v; cls_token and pos_embed are not moved; h_phi is wide, has dropout
+                        (both on celeba and celebahq with any preset) and starts at random; alpha
+                        falls along a cosine, once an epoch; S runs in float32 where the rest runs
+                        in bf16.
     --preset selective  Ours: A is the second term of Eq. (5), and 0.3 times how far retained people
                         move (a KL divergence; the paper's App. C found that such a term hinders
                         unlearning). h_phi sees losses, logits and targets, and a step size of each
                         parameter is learned too.
     --natural DAMPING   Ours, beside any preset: the gradient in Eq. (4) goes through (I + F /
                         DAMPING)^-1, F the Fisher information of the training data as a matrix for
-                        each layer (baselines.curvature), so that the step spares what this data
-                        cares for. F is stored with phi: five times a ViT's size, nine a ResNet's.
+                        each layer (baselines.curvature), so that the step is short where it would
+                        change the outputs on this data. F is stored with phi: five times the size
+                        of a ViT, nine times that of a ResNet.
 The optimiser of phi is AdamW with amsgrad, a cosine and no weight decay in all of them (authors'
 code; the paper's Tables 5 and 6, and the numbers of Table 4, are missing from our copy). mAP has no
 gradient: it is a constant. results/LOG.md says what each difference changed; --natural is hardly
@@ -133,8 +135,8 @@ class MetaLoss(nn.Module):
     def direction(self, theta: dict, gradient) -> list[Tensor]:
         """The gradient, a tensor for each of theta; with --natural (I + F / damping)^-1 gradient.
 
-        Ours. A symmetric linear map: directions to which the training data is indifferent keep
-        their length, others become shorter, and what F does not hold (baselines.natural) is 0.
+        Ours. A symmetric linear map: directions without Fisher information keep their length,
+        others become shorter, and what F does not hold (baselines.natural) is 0.
         """
         if self.fisher is None:
             return list(gradient)
@@ -255,10 +257,11 @@ def meta_gradient_double(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tupl
 
 
 def meta_gradient(h_phi, f, A, theta: dict, S: tuple, eta: float) -> tuple:
-    """The same two by one forward-mode pass: exact, and only the small MLP is differentiated twice.
+    """A(theta_u) and grad_phi A(theta_u), exact, with the small MLP alone differentiated twice.
 
-    phi acts through one inner step alone. So, with z = f_theta(S) = (features, logits) and
-    v = dA/dtheta_u,
+    Arguments and result: as of meta_gradient_double. One forward-mode pass through the model stands
+    in place of its double backward, because phi acts through one inner step alone. With
+    z = f_theta(S) = (features, logits) and v = dA/dtheta_u,
         grad_phi A = -grad_phi < grad_z h_phi(z), z' >,   z' = J_theta f(S) eta v
     where v is an ordinary backward pass and z' one forward-mode pass over S. With --natural the
     step's map, which is symmetric and does not depend on phi, stands before eta v.
@@ -307,7 +310,8 @@ def request_sets(split: dict, support, forget, args, rng) -> list[dict]:
     """
     code, sets = args.preset == "code", []
     everyone = split["retain"] + split["forget"]
-    # D_r of the request, Alg. 1 line 4: before --forget-images leaves a part of D_f alone.
+    # D_r of the request, Alg. 1 line 4. Taken before --forget-images thins D_f, or the images of
+    # D_f that it leaves out would count as retained.
     others = np.setdiff1d(everyone, np.concatenate([support, forget]))
     if 0 < args.forget_images < len(forget):
         forget = rng.choice(forget, args.forget_images, replace=False)
@@ -482,11 +486,12 @@ def meta_epoch(h_phi, optimizer, model, data, split, original, epoch: int, args)
 
 def warn_of_vanishing_weights(model, data, split, args):
     """Say so where D_f is memorised: Eq. (6) then multiplies its loss in A by next to nothing."""
-    D_f = split["forget"] or split["retain"]  # of somebody's own data nobody is forgotten yet
+    D_f = split["forget"] or split["retain"]  # in learn_loss D_f is still empty
     logits = predict(model, data, D_f, args.amp)
     error = 1 - score(logits, data["targets"][D_f])
     if args.accuracy_weight and args.aux_loss != "scrub" and error < 0.05:
-        say(f"warning: 1 - mAP of D_f is {error:.3f}: Eq. (6) drops its loss; --no-accuracy-weight")
+        what = f"1 - mAP of D_f is {error:.3f}, so Eq. (6) all but removes its loss from A"
+        say(f"warning: {what}; try --no-accuracy-weight")
 
 
 def meta_train(model, data, split, args, fisher=None, path=None) -> tuple[MetaLoss, float]:
@@ -822,7 +827,7 @@ def input_names(text: str) -> str:
     """The argparse type of --inputs."""
     names, of_theta = set(text.split(",")), {"logits", "features", "losses"}
     if not names <= of_theta | {"targets", "ids"} or not names & of_theta:
-        what = "some of logits, features, losses, and of targets, ids beside them"
+        what = "at least one of logits, features, losses; targets and ids may be added"
         raise argparse.ArgumentTypeError(f"{text}: name {what}")
     return text
 
