@@ -643,10 +643,8 @@ TABLES = {
         "SCRUB": "scrub",
         **_SUPPORT,
         **_META,
-        "default flags": "metaunlearn-paper-default",
         "METAUNLEARN code": "metaunlearn-code",
         "METAUNLEARN selective (ours)": "metaunlearn-selective",
-        "selective, 3 epochs": "metaunlearn-selective-3-epochs",
     },
     "mu3": {
         "SCRUB": "metaunlearn-paper-scrub",
@@ -665,6 +663,12 @@ TABLES = {
     },
     "mu7": {"other N_S": "metaunlearn-paper-meta-ids", **_META},
     "mu-others": _OTHERS | _META,
+    "mu-variants": {
+        "default flags": "metaunlearn-paper-default",
+        "selective, 3 epochs": "metaunlearn-selective-3-epochs",
+        "selective, natural": "metaunlearn-selective-natural",
+        **_META,
+    },
     "mu-pictures": {label: f"{name}-all-pictures" for label, name in _SUPPORT.items()} | _META,
     "ltu1": _ALL | _LTU,
     "ltu2": {

@@ -40,8 +40,8 @@ Where the paper is silent, or its authors' code differs, a preset decides:
                         of a ViT, nine times that of a ResNet.
 The optimiser of phi is AdamW with amsgrad, a cosine and no weight decay in all of them (authors'
 code; the paper's Tables 5 and 6, and the numbers of Table 4, are missing from our copy). mAP has no
-gradient: it is a constant. results/LOG.md says what each difference changed; --natural is hardly
-measured yet.
+gradient: it is a constant. results/LOG.md says what each difference changed; --natural brought
+nothing beyond noise on drawn faces.
 """
 
 import argparse

@@ -10,6 +10,7 @@ for k in 0 1 2 3 4; do
     python metaunlearn.py $own --search --preset $preset
   done
   python metaunlearn.py $own --search --preset selective --meta-epochs 3 --name 3-epochs
+  python metaunlearn.py $own --search --preset selective --natural 0.005 --name natural
   python metaunlearn.py $own --name default
   python metaunlearn.py $own --search --aux-loss scrub --name scrub # Table 3
   python metaunlearn.py $own --search --aux-loss first --name first
