@@ -670,7 +670,7 @@ TABLES = {
         **_META,
     },
     "mu-pictures": {label: f"{name}-all-pictures" for label, name in _SUPPORT.items()} | _META,
-    "ltu1": _ALL | _LTU,
+    "ltu1": _ALL | {"LTU, rho 1": "ltu-rho1"} | _LTU,
     "ltu2": {
         f"{label}, rho {rho}": "ltu" if (name, rho) == ("ltu", 0.3) else f"{name}-rho{rho}"
         for rho in (0.1, 0.3)
