@@ -1,11 +1,11 @@
-"""What an LTU iteration costs, as ratios in one run; what the data path adds to a training step.
+"""What an LTU iteration costs, as ratios in one run.
 
     python tests/bench_ltu.py --model resnet18 --size 32 --k 64
 
 Each round times all in turn: the plain first-order passes over the same batches (no method can
-avoid them), LTU's iteration without and with second order, the naive way (one backward pass through
-the whole inner step), and LTU's passes at training speed: 3 k images for Q_1..Q_3 by --amp's
-precision, and in float32 3 k for S and 2 k for each of two products with a Hessian. Medians.
+avoid them), LTU's iteration without and with second order, and LTU's passes at training speed: 3 k
+images for Q_1..Q_3 by --amp's precision, and in float32 3 k for S and 2 k for each of two products
+with a Hessian. Medians.
 """
 
 import argparse
@@ -19,9 +19,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import common
-import data as D
 import ltu as L
-import train as T
 
 
 def plain_passes(tune_loss, test_loss, theta, alpha, first_order):
@@ -30,15 +28,6 @@ def plain_passes(tune_loss, test_loss, theta, alpha, first_order):
         leaf = {n: p.detach().requires_grad_() for n, p in theta.items()}
         g = torch.autograd.grad(loss(leaf), list(leaf.values()))
     return g, 0.0, 0.0
-
-
-def naive(tune_loss, test_loss, theta, alpha, first_order):
-    """In place of ltu.meta_gradient: the query losses' graph hangs on that of the inner step."""
-    leaf = {n: p.detach().requires_grad_() for n, p in theta.items()}
-    L_tune = tune_loss(leaf)
-    g = torch.autograd.grad(L_tune, list(leaf.values()), create_graph=True)
-    theta_tau = {n: p - alpha * d for (n, p), d in zip(leaf.items(), g, strict=True)}
-    return torch.autograd.grad(L_tune + test_loss(theta_tau), list(leaf.values())), 0.0, 0.0
 
 
 def now(device) -> float:
@@ -62,19 +51,13 @@ def bench_iteration(model, k: int, size: int, rounds: int, device, amp: bool):
     # As raw_batch gives them, and draw_batch for S: channels_last, and not.
     images = torch.rand(4 * k, size, size, 3).permute(0, 3, 1, 2)
     labels = torch.randint(10, (5 * k,))
-    batch = {
-        "S": images[:k].contiguous(),
-        "Q": images[k:],
-        "y": labels[:k],
-        "y_rand": labels[k : 2 * k],
-    }
-    batch = {name: t.to(device) for name, t in (batch | {"y_Q": labels[2 * k :]}).items()}
-    batch |= {"iteration": 0, "attacks": [0, 2]}
-    widths = [L.signals(kind, torch.zeros(1, 10), labels[:1]).shape[1] for kind in L.KINDS]
-    attacks = [
-        L.MIModel(*pair).to(device).requires_grad_(False)
-        for pair in zip(L.KINDS, widths, strict=True)
-    ]
+    batch = {"S": images[:k].contiguous(), "Q": images[k:], "y": labels[:k]}
+    batch |= {"y_rand": labels[k : 2 * k], "y_Q": labels[2 * k :]}
+    batch = {name: t.to(device) for name, t in batch.items()} | {"iteration": 0, "attacks": [0, 2]}
+    attacks = []
+    for kind in L.KINDS:
+        inputs = L.signals(kind, torch.zeros(1, 10), labels[:1]).shape[1]
+        attacks.append(L.MIModel(kind, inputs).to(device).requires_grad_(False))
     theta = {name: p.detach() for name, p in model.named_parameters()}
     ways = {"first-order passes": plain_passes, "LTU --first-order": exact, "LTU, exact": exact}
     at_training_speed = "passes at training speed"
@@ -86,7 +69,7 @@ def bench_iteration(model, k: int, size: int, rounds: int, device, amp: bool):
         seconds = middle - begin + (now(device) - middle) * 7 / 3
         taken.setdefault(at_training_speed, []).append(seconds)
         peak[at_training_speed] = 0
-        for way, L.meta_gradient in (ways | {"naive": naive}).items():
+        for way, L.meta_gradient in ways.items():
             args.first_order, begin = way == "LTU --first-order", now(device)
             if L.meta_gradient is exact:
                 L.iteration(model, theta, batch, attacks, args)
@@ -101,25 +84,6 @@ def bench_iteration(model, k: int, size: int, rounds: int, device, amp: bool):
         print(f"{way:24s} {1000 * median:8.1f} ms   {ratio:5.2f} x   {peak[way]:.0f} MiB")
 
 
-def bench_data_path(model, size: int, rounds: int, device):
-    """Gathering, converting and augmenting a batch of 256 of 20,000, beside the step it is for."""
-    args, clock = T.parse_args(["--augment", "pad-crop", "--image-size", str(size)]), []
-    images = torch.randint(0, 256, (20000, size, size, 3), dtype=torch.uint8, device=device)
-    data = {"images": images, "device": device, "targets": torch.randint(10, (20000,))}
-    optimizer, rng = torch.optim.SGD(model.parameters(), 0.01), common.generator(0)
-    for _ in range(rounds):
-        begin = now(device)
-        drawn, indices = D.draw_augmentation(256, args, rng), torch.randint(20000, (256,))
-        x, labels = D.augment(D.raw_batch(data, indices), drawn), D.targets_of(data, indices)
-        middle = now(device)
-        common.task_losses(model(x)[1], labels).mean().backward()
-        optimizer.step()
-        clock.append((middle - begin, now(device) - middle))
-    path, step = np.array(clock).T
-    share = f"{100 * np.median(path / step):.1f} % of the model's own time"
-    print(f"data path of a training step: {1000 * np.median(path):.1f} ms, {share}")
-
-
 if __name__ == "__main__":
     parser, device = argparse.ArgumentParser(), "cuda" if torch.cuda.is_available() else "cpu"
     defaults = {"model": "toy_resnet", "size": 8, "k": 64, "rounds": 20, "device": device}
@@ -131,4 +95,3 @@ if __name__ == "__main__":
     device = torch.device(flags.device)
     model = common.build_model(flags.model, 10, flags.size).to(device).train()
     bench_iteration(model, flags.k, flags.size, flags.rounds, device, flags.amp)
-    bench_data_path(model, flags.size, max(3, flags.rounds // 2), device)

@@ -1,10 +1,13 @@
 """What several test files share: a small data set, a check of error messages, a record of reads."""
 
 import contextlib
+import inspect
 import sys
+import types
 
 import numpy as np
 import pytest
+import torch
 
 import data as D
 
@@ -42,6 +45,23 @@ def refused(capsys, words, call, *arguments):
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert words in lines[0], lines
     return lines[0]
+
+
+def mutated(module, old: str, new: str, function=None):
+    """A copy of a module with `old`, which must stand there (or in a function) once, as `new`."""
+    source = inspect.getsource(module)
+    body = inspect.getsource(getattr(module, function)) if function else source
+    assert body.count(old) == 1, f"{old!r} stands {body.count(old)} times in {function or module}"
+    mutant = types.ModuleType("mutant")
+    mutant.__file__ = module.__file__
+    exec(compile(source.replace(body, body.replace(old, new)), "mutant", "exec"), vars(mutant))
+    return mutant
+
+
+def weights(folder, name) -> dict:
+    """The state_dict in the one checkpoint of a run in a folder."""
+    (path,) = folder.rglob(f"{name}-seed0.pt")
+    return torch.load(path, weights_only=True)["model"]
 
 
 @contextlib.contextmanager

@@ -205,9 +205,8 @@ def test_dry_run_is_short_and_keeps_everyone(small):
         short, whole = data.make_split(d, args), data.identity_split(d, ids, 0)
         assert all(len(short[name]) == 64 for name in ("retain", "val", "test"))
         assert len(short["forget"]) == max(ids, 64 // ids * ids)
-        assert short["forget"] == sorted(short["forget"]) and set(short["forget"]) < {
-            *whole["forget"]
-        }
+        assert short["forget"] == sorted(short["forget"])
+        assert set(short["forget"]) < set(whole["forget"])
         assert set(d["identities"][short["forget"]]) == set(short["forget_ids"])
         assert short["support"] == whole["support"] and len(data.control_sets(d, short)) == 20
 
@@ -439,8 +438,6 @@ def test_images_are_squashed_whole(tmp_path):
 IMAGE, WHO, TABLE = "img_align_celeba/{}", "identity_CelebA.txt", "list_attr_celeba.txt"
 DAMAGE = {  # file, its new content by its old one
     "truncated image": (IMAGE, lambda old: old[:-10]),  # within the pixels: its size is known
-    "image cut in its header": (IMAGE, lambda old: old[:400]),
-    "empty image": (IMAGE, lambda old: b""),
     "text for an image": (IMAGE, lambda old: b"moved"),
     "row without image": (IMAGE, None),
     "image without identity": (WHO, lambda old: old.split(b"\n", 1)[1]),
@@ -454,19 +451,14 @@ DAMAGE = {  # file, its new content by its old one
 }
 
 
-@pytest.mark.parametrize("what", [*DAMAGE, "no images"])
+@pytest.mark.parametrize("what", DAMAGE)
 def test_damaged_dataset_is_named_and_leaves_nothing(what, tmp_path, capsys):
     """Never a half-read dataset: one line names the file, and nothing is prepared from the rest."""
     names, _ = make_celeba(tmp_path)
-    file, change = DAMAGE.get(what, (IMAGE, None))
+    file, change = DAMAGE[what]
     path = tmp_path / "celeba" / file.format(names[13])
-    if what == "no images":
-        shutil.rmtree(path.parent)
-    elif change:
-        path.write_bytes(change(path.read_bytes()))
-    else:
-        path.unlink()
-    word = {"no images": "20 of 20", "image without identity": "000001.jpg"}.get(what, path.name)
+    path.write_bytes(change(path.read_bytes())) if change else path.unlink()
+    word = "000001.jpg" if what == "image without identity" else path.name
     refused(capsys, word, data.load, args_of("celeba", tmp_path))
     assert list((tmp_path / "prepared").iterdir()) == []
 
@@ -518,13 +510,17 @@ def test_missing_dataset_explains_itself(tmp_path, capsys, monkeypatch):
         ("celebahq", "nothing", f"{HQ}/0.jpg", "CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt"),
         ("celebahq", "unknown", mapping, f"celeba/{WHO}"),
         ("qmnist", "damaged", "QMNIST/raw"),
+        ("cifar10", "nothing", "cifar-10-batches-py/ of", "cifar10.npz"),
+        ("cifar100", "nothing", "cifar-100-python/ of"),
+        ("tinyimagenet", "nothing", "tiny-imagenet-200/wnids.txt"),
     ):
         with pytest.raises(SystemExit) as stop:
             data.load(args_of(dataset, tmp_path / root))
         message = capsys.readouterr().err
         assert stop.value.code == 2 and message.startswith("error: ")
         assert all(f"{tmp_path / root}/{file}" in message for file in tree), message
-        assert "python metaunlearn.py --dataset toyfaces" in message
+        assert "python metaunlearn.py --dataset toyfaces, python ltu.py --dataset d" in message
+        assert not any((tmp_path / root / "prepared").iterdir())
     refused(capsys, "celebahq", data.load, args_of("celebhq", tmp_path))  # lists the names
     annotations = ["--dataset", "celeba", "--annotations-only", "--forget", "random"]
     refused(capsys, "--forget identities", data.main, annotations)
@@ -582,9 +578,8 @@ def test_digest_covers_every_picture(tmp_path):
         own = images.copy()
         if changed is not None:
             own[changed, 7, 7, 2] = 1
-        digests.add(
-            data.load(make_pair(tmp_path, images=own, targets=np.arange(600) % 2))["digest"]
-        )
+        args = make_pair(tmp_path, images=own, targets=np.arange(600) % 2)
+        digests.add(data.load(args)["digest"])
     assert len(digests) == 5
 
 
@@ -631,23 +626,16 @@ def test_own_pair_by_its_path(targets, classes, tmp_path):
 BAD_PAIRS = {
     "float images": {"images": np.zeros((12, 8, 8, 3), np.float32)},
     "grey images": {"images": np.zeros((12, 8, 8), np.uint8)},
-    "channels first": {"images": np.zeros((12, 3, 8, 8), np.uint8)},
     "with transparency": {"images": np.zeros((12, 8, 8, 4), np.uint8)},
     "not square": {"images": np.zeros((12, 8, 9, 3), np.uint8)},
-    "fewer images": {"images": np.zeros((11, 8, 8, 3), np.uint8)},
     "fewer targets": {"targets": np.zeros((11, 3))},
-    "fewer identities": {"identities": np.arange(11)},
     "objects": {"identities": np.array([None] * 12)},
     "words for identities": {"identities": np.array([f"n{i // 2}" for i in range(12)])},
-    "words for targets": {"targets": np.array(["cat", "dog"] * 6)},
     "targets of -1 and 1": {"targets": np.ones((12, 3)) * [1, -1, 1]},
-    "classes below 0": {"targets": np.arange(12) - 1},
     "half a class": {"targets": np.arange(12) / 2},
     "NaN for targets": {"targets": np.full((12, 3), np.nan)},
     "targets in a cube": {"targets": np.zeros((12, 3, 1), int)},
-    "targets without shape": {"targets": np.array(1)},
     "class 4e9": {"targets": np.arange(12) * 4_000_000_000},
-    "one class": {"targets": np.ones(12)},
     "only constant attributes": {"targets": np.ones((12, 3)) * [1, 0, 1]},
     "identities in a column": {"identities": np.arange(12)[:, None]},
     "identities beyond int64": {"identities": np.full(12, 2**63, np.uint64)},

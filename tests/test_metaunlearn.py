@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check_gradient import check_gradient, flat, relative, shifted, slope
-from conftest import places, record_reads, refused
+from conftest import mutated, places, record_reads, refused
 from sklearn.metrics import average_precision_score
 from torch.func import functional_call
 
@@ -184,10 +184,6 @@ def dropout_acts(p, module) -> bool:
     return not torch.equal(one, two)
 
 
-def test_unlearning_draws_no_dropout_masks(small):
-    assert not dropout_acts(problem(small), M)
-
-
 def differs(p, module) -> bool:
     """Whether A, its gradient or the step of unlearning are not those of the true source."""
     try:
@@ -201,10 +197,12 @@ def differs(p, module) -> bool:
 @pytest.fixture(scope="module")
 def problems(small):
     """With learned step sizes, and with pairs of images; their true gradients; parts of a set."""
-    more = (["--alpha-step", "0.1"], ["--preset", "code"], ["--natural", "0.01"])
+    learned = ["--alpha-step", "0.1", "--retain-weight", "0.3"]
+    more = (learned, ["--preset", "code"], ["--natural", "0.01"])
     found = [problem(small, *extra) for extra in more]
     for p in found:
         p.exact, p.args.meta_batch_size = gradient(p, "double"), 4
+        assert relative(gradient(p, "double")[1], p.exact[1]) < 1e-12  # parts change nothing
     return found
 
 
@@ -241,23 +239,10 @@ MUTANTS = {
 @pytest.mark.parametrize("old, new", MUTANTS.values(), ids=MUTANTS)
 def test_mutants_of_the_meta_gradient_are_caught(problems, old, new):
     """Each breaks metaunlearn.py in memory, and must move A, its gradient or theta_u."""
-    source = (ROOT / "metaunlearn.py").read_text()
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in metaunlearn.py"
-    mutant = types.ModuleType("mutant")
-    exec(compile(source.replace(old, new), "mutant", "exec"), mutant.__dict__)
+    mutant = mutated(M, old, new)
     mutant.PAIR = M.PAIR
     assert not any(differs(p, M) for p in problems)
     assert any(differs(p, mutant) for p in problems)
-
-
-@pytest.mark.parametrize("preset", ["paper", "code", "selective"])
-def test_parts_change_nothing_but_rounding(small, preset):
-    p = problem(small, "--preset", preset, "--meta-batch-size", "256")
-    A, whole = gradient(p)
-    p.args.meta_batch_size = 2
-    for way in ("forward", "double"):
-        in_parts = gradient(p, way)
-        assert in_parts[0] == pytest.approx(A, rel=1e-12) and relative(in_parts[1], whole) < 1e-12
 
 
 def test_meta_step_leaves_the_model_alone(small):
@@ -287,23 +272,6 @@ def test_meta_loss_is_positive_and_the_first_update_zero_but_with_preset_code(sm
         assert same == (preset == "paper")
 
 
-INPUTS = ["logits", "features,targets", "losses", "logits,features,targets,ids"]
-
-
-@pytest.mark.parametrize("inputs", INPUTS)
-def test_meta_loss_sees_its_inputs_and_nothing_else(small, inputs):
-    h, rng = problem(small, "--inputs", inputs).h, torch.Generator().manual_seed(0)
-    features, logits = (torch.randn(3, n, generator=rng).double() for n in (64, 13))
-    targets, who = torch.randint(0, 2, (3, 13), generator=rng).double(), torch.tensor([0, 1, 2])
-    base, changed = h(features, logits, targets, who), {}
-    changed["features"] = h(features + 1, logits, targets, who)
-    changed["logits"] = h(features, logits + 1, targets, who)
-    changed["targets"] = h(features, logits, 1 - targets, who)
-    changed["ids"] = h(features, logits, targets, who + 1)
-    sees = {"logits", "targets"} if inputs == "losses" else set(inputs.split(","))
-    assert {k for k, v in changed.items() if abs(v - base) > 1e-6} == sees
-
-
 def test_preset_code_leaves_the_embeddings(small):
     p = problem(small, "--preset", "code")
     theta_u = unlearn(p)
@@ -314,21 +282,16 @@ def test_preset_code_leaves_the_embeddings(small):
 
 
 def test_image_losses_by_hand():
-    """The task loss, KL(theta || theta_u), and SCRUB's terms at T = 4."""
+    """The task loss, KL(theta || theta_u), and SCRUB's terms at T = 4; KL: see test_common.py."""
     logits, logits_0 = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
-    y, of = torch.ones(5, 4), torch.distributions
-    task = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1)
-    p, q = of.Bernoulli(logits=logits_0), of.Bernoulli(logits=logits)
-    cold_p, cold_q = of.Bernoulli(logits=logits_0 / 4), of.Bernoulli(logits=logits / 4)
-    cold = 16 * of.kl_divergence(cold_p, cold_q).mean(1)
-    expected = {("f", 0): task, ("v", 0): task, ("r", 0): of.kl_divergence(p, q).mean(1)}
-    expected |= {("f", 1): cold, ("r", 1): 0.99 * task + 0.001 * cold}
-    for (name, scrub), value in expected.items():
-        found = M.image_losses(name, logits, y, logits_0, bool(scrub))
-        assert torch.allclose(found, value, atol=1e-6), (name, scrub)
-    p, q = of.Categorical(logits=logits_0), of.Categorical(logits=logits)
-    found = M.image_losses("r", logits, torch.zeros(5).long(), logits_0)
-    assert torch.allclose(found, of.kl_divergence(p, q), atol=1e-6)
+    for y in (torch.ones(5, 4), torch.zeros(5).long()):
+        far, cold = (common.kl_divergence(logits_0, logits, y.ndim == 2, T) for T in (1.0, 4.0))
+        task = common.task_losses(logits, y)
+        expected = {("f", 0): task, ("v", 0): task, ("r", 0): far}
+        expected |= {("f", 1): cold, ("r", 1): 0.99 * task + 0.001 * cold}
+        for (name, scrub), value in expected.items():
+            found = M.image_losses(name, logits, y, logits_0, bool(scrub))
+            assert torch.allclose(found, value, atol=1e-6), (name, scrub)
 
 
 def test_auxiliary_loss_by_hand():
@@ -427,9 +390,12 @@ def test_a_meta_loss_remembers_every_flag_that_makes_it_another():
 
 def test_preset_code_is_the_authors_code_on_every_data_set():
     """Width and dropout of h_phi, alpha, epochs (their config); S in float32 is tested below."""
-    for dataset in ("toyfaces", "celebahq", "own/pair"):
-        args = M.parse_args(["--dataset", dataset, "--preset", "code"])
+    for dataset in ("toyfaces", "own/pair", "celebahq"):
+        args = M.parse_args(["--dataset", dataset, "--preset", "code", "--eta", "0.2"])
         assert (args.hidden, args.dropout, args.alpha, args.meta_epochs) == (512, 0.5, 1e-4, 3)
+    recipe = args.model, args.init, args.image_size, args.epochs, args.lr, args.weight_decay
+    assert recipe == ("vit_base_patch16_224", "pretrained", 224, 30, 1e-3, 1e-3)
+    assert args.eta == 0.2 and M.parse_args(["--dataset", "celeba"]).weight_decay == 1e-4
     assert M.parse_args(["--preset", "code", "--hidden", "7"]).hidden == 7
 
 
@@ -658,10 +624,8 @@ def test_natural_steps_go_with_the_meta_loss(trained, copied, tmp_path, capsys, 
         U = torch.kron(U_out, U_in)
         dense = torch.eye(len(U)) + U @ (second.flatten() / 0.01).diag() @ U.T
         names = f"{layer}.weight", f"{layer}.bias"
-        g, step = (
-            torch.cat([d[names[0]], d[names[1]][:, None]], 1).double()
-            for d in ({k: plain[k] - theta[k] for k in names}, moved)
-        )
+        moves = {k: plain[k] - theta[k] for k in names}, moved
+        g, step = (torch.cat([d[names[0]], d[names[1]][:, None]], 1).double() for d in moves)
         want = torch.linalg.solve(dense, g.flatten()).view_as(g)
         assert torch.allclose(step, want, rtol=1e-3, atol=1e-7) and (want - g).abs().max() > 1e-5
     again = [*own, "--out", str(tmp_path / "again")]
@@ -687,10 +651,8 @@ def test_natural_steps_go_with_the_meta_loss(trained, copied, tmp_path, capsys, 
         assert str(path) in line
     with monkeypatch.context() as patch:
         patch.setattr(baselines, "matrix_layers", lambda model: {})
-        no_layers = [*own, "--overwrite"]
-        refused(
-            capsys, "--natural: the model has no linear or convolution layer", M.main, no_layers
-        )
+        words = "--natural: the model has no linear or convolution layer"
+        refused(capsys, words, M.main, [*own, "--overwrite"])
 
 
 def test_runs_repeat_exactly_from_saved_models_and_meta_loss(trained, tmp_path, monkeypatch):
@@ -853,9 +815,7 @@ def test_check_gradient_notices_a_wrong_meta_gradient(small, monkeypatch):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_convolutions_train_in_channels_last_under_autocast_alone(
-    small, tmp_path, amp, monkeypatch
-):
+def test_convolutions_train_in_channels_last_under_amp_alone(small, tmp_path, amp, monkeypatch):
     """And the model that comes back is laid out like one that is loaded."""
     flags = ["--dataset", small, "--checkpoint-dir", str(tmp_path), "--ids", "4", "--epochs", "1"]
     args = T.parse_args([*flags, "--batch-size", "32", "--model", "toy_resnet"])
@@ -928,44 +888,31 @@ def test_support_refuses_what_it_would_ignore_or_destroy(copied, trained, tmp_pa
     assert "people unlearned: 1;" in capsys.readouterr().out and written.read_bytes() != first
 
 
-@pytest.mark.parametrize(
-    "extra, words",
-    [
-        ("--ids 0", "--ids: 0 must lie from 1"),
-        ("--ids 1000", "can be forgotten"),
-        ("--eta 0", "--eta: 0 must lie"),
-        ("--eta nan", "--eta: nan must lie"),
-        ("--val-images -5", "--val-images: -5 must lie"),
-        ("--lr -1", "--lr: -1 must lie"),
-        ("--dropout 2", "--dropout: 2 must lie"),
-        ("--requests-per-step 0", "--requests-per-step: 0 must lie"),
-        ("--requests-per-step x", "'x' is no whole number"),
-        ("--inputs ids,targets", "--inputs: ids,targets"),
-        ("--inputs pixels", "--inputs: pixels"),
-        ("--name a/b", "--name: 'a/b'"),
-        ("--dataset nowhere/at/all", "neither toyfaces"),
-        ("--support x", "--support needs --meta-loss"),
-        ("--meta-loss nowhere.pt", "no meta-loss at nowhere.pt"),
-        ("--preset best", "invalid choice"),
-        ("--natural 0", "natural: 0"),
-        ("--aux-loss scrub --retain-weight 1", "--retain-weight is not in --aux-loss scrub"),
-        ("--alpha 1e9 --eta 1e9", "meta-loss is not finite in epoch 1; lower --alpha"),
-    ],
-)
+# fmt: off
+BAD = {
+    "--ids 1000": "can be forgotten", "--eta 0": "--eta: 0 must lie",
+    "--val-images -5": "--val-images: -5 must lie", "--lr -1": "--lr: -1 must lie",
+    "--dropout 2": "--dropout: 2 must lie", "--natural 0": "natural: 0",
+    "--requests-per-step 0": "--requests-per-step: 0 must lie", "--preset best": "invalid choice",
+    "--inputs ids,targets": "--inputs: ids,targets", "--inputs pixels": "--inputs: pixels",
+    "--support x": "--support needs --meta-loss",
+    "--meta-loss nowhere.pt": "no meta-loss at nowhere.pt",
+    "--aux-loss scrub --retain-weight 1": "--retain-weight is not in --aux-loss scrub",
+    "--alpha 1e9 --eta 1e9": "meta-loss is not finite in epoch 1; lower --alpha",
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("extra, words", BAD.items())
 def test_bad_flags_get_one_line(trained, tmp_path, capsys, extra, words):
     elsewhere = ["--out", str(tmp_path), "--name", "x"]
     refused(capsys, words, M.main, [*trained.flags, *elsewhere, *extra.split()])
 
 
-def test_bad_settings_get_one_line(tmp_path, capsys, monkeypatch):
+def test_bad_settings_get_one_line(capsys, monkeypatch):
     for flags in (["--forget", "random"], ["--dataset", "digits"]):
         line = refused(capsys, "METAUNLEARN forgets identities, not", M.main, flags)
         assert flags[1] in line and "ltu.py" in line
-    with pytest.raises(SystemExit) as end:  # this one message lists the files that are missing
-        M.main(["--dataset", "celeba", *places(tmp_path)])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "CelebA is not complete" in error
-    assert "python metaunlearn.py --dataset toyfaces" in error
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(capsys, "3 is no multiple of 2 processes", M.main, ["--requests-per-step", "3"])
 
@@ -974,9 +921,9 @@ WRONG = {"phi": None, "model": {}, "seconds": "long", "inputs": "pixels", "eta":
 WRONG |= {"hidden": torch.zeros(2)}
 
 
-@pytest.mark.parametrize("key", [*WRONG, "NaN", "split", "original", "gold"])
-def test_a_damaged_checkpoint_gets_one_line(copied, trained, tmp_path, key, capsys, monkeypatch):
-    """An entry that is missing, wrong or NaN; also said before training where that is possible."""
+@pytest.mark.parametrize("key", [*WRONG, "original", "gold"])
+def test_a_damaged_checkpoint_gets_one_line(copied, trained, tmp_path, key, capsys):
+    """An entry that is missing or wrong."""
     path, fresh = tmp_path / trained.where, [*copied, "--out", str(tmp_path / "fresh")]
     if key in ("original", "gold"):
         path = path.with_name(f"{key}-seed0.pt")
@@ -984,10 +931,6 @@ def test_a_damaged_checkpoint_gets_one_line(copied, trained, tmp_path, key, caps
     bad = [{k: v for k, v in content.items() if k != key}, content | {key: WRONG.get(key, "x")}]
     if key in ("original", "gold"):
         bad = [{k: v for k, v in content.items() if k != "seconds"}, content | {"model": {}}]
-    if key == "NaN":
-        bad = [content | {k: {"x": torch.full((2,), math.nan)} for k in ("phi", "model")}]
-    if key == "split":
-        monkeypatch.setattr(M, "train_both", None)
     runs = [fresh] if key in ("original", "gold") else [fresh, [*fresh, "--meta-loss", str(path)]]
     if key == "hidden":
         runs.append([*runs[1], "--hidden", "16"])
@@ -997,9 +940,7 @@ def test_a_damaged_checkpoint_gets_one_line(copied, trained, tmp_path, key, caps
             refused(capsys, str(path), M.main, run)
 
 
-def test_bad_files_get_one_line_and_nothing_half_written_stays(
-    trained, copied, tmp_path, capsys, monkeypatch
-):
+def test_bad_files_get_one_line_and_leave_nothing(trained, copied, tmp_path, capsys, monkeypatch):
     meta, labels = tmp_path / trained.where, tmp_path / "S" / "labels.csv"
     original = meta.with_name("original-seed0.pt")
     fresh = [*copied, "--out", str(tmp_path / "fresh")]

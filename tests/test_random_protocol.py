@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from conftest import record_reads, refused
+from conftest import refused
 from PIL import Image
 
 import common
@@ -161,17 +161,6 @@ def test_a_damaged_array_file_is_named(tmp_path, capsys):
         refused(capsys, "cifar10.npz", loaded, tmp_path, "cifar10")
 
 
-def test_missing_files_are_explained(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", None)  # as without a network
-    for dataset in ("cifar10", "cifar100", "tinyimagenet"):
-        with pytest.raises(SystemExit) as stop:
-            loaded(tmp_path, dataset)
-        message = capsys.readouterr().err
-        assert stop.value.code == 2 and not list((tmp_path / "prepared").glob("*"))
-        said = "Expected:", "python ltu.py --dataset digits", str(tmp_path)
-        assert all(words in message for words in said)
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """Two classes of four pictures, and a grey picture of the first in val, as some are."""
@@ -240,15 +229,6 @@ def test_own_arrays_that_cannot_be_split(tmp_path, capsys, word):
     refused(capsys, word, D.main, [*path, "--forget", "random", "--label-noise", noise])
 
 
-def test_your_own_arrays_need_no_identities(tmp_path, capsys):
-    path = own(tmp_path, np.zeros((200, 8, 8, 3), np.uint8), targets=np.arange(200) % 3)
-    args = T.parse_args([*path, "--forget", "random", "--batch-size", "16"])
-    data = D.load(args)
-    s = D.make_split(data, args)
-    assert len(s["test"]) == 50 and "200 images of 3 classes" in D.describe(data, s)
-    refused(capsys, "--forget random", D.make_split, data, T.parse_args(path))
-
-
 def test_pad_crop_is_torchvisions_with_all_corners_as_often():
     """Chi-square with 8 degrees of freedom, 99.9 %; digits are neither cropped nor flipped."""
     images = torch.rand(6, 3, 10, 10, generator=common.generator(0))
@@ -270,22 +250,6 @@ def test_milestones_are_salun_s():
     args, epochs = T.parse_args(["--dataset", "cifar10"]), (0, 90, 91, 135, 136, 181)
     rates = [T.learning_rate(epoch * 10, 10, args) for epoch in epochs]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-
-
-def test_our_own_nets(tmp_path, capsys):
-    """CIFAR's stem at 32 pixels alone; a file gives all but a classifier of another size."""
-    small, large = (common.build_model("resnet18", 10, size) for size in (32, 128))
-    assert small.net.conv1.kernel_size == (3, 3) and small.net.conv1.stride == (1, 1)
-    assert sum(p.numel() for p in small.parameters()) == 11_173_962  # CIFAR's, with 10 classes
-    assert large.net.conv1.kernel_size == (7, 7)
-    with torch.no_grad():
-        maps = small.eval().net.forward_features(torch.zeros(1, 3, 32, 32))
-    assert maps.shape == (1, 512, 4, 4)
-    net, path = common.build_model("toy_resnet", 7, 8, seed=0).net, str(tmp_path / "w.pt")
-    torch.save(net.state_dict(), path)
-    again = common.build_model("toy_resnet", 10, 8, init=path, seed=1).net
-    assert torch.equal(again.conv1.weight, net.conv1.weight) and again.fc.weight.shape == (10, 64)
-    refused(capsys, "cannot be built", common.build_model, "resnet18", 10, 32, path)
 
 
 def digits(tmp_path, *extra):
@@ -348,14 +312,6 @@ def test_a_checkpoint_holds_every_flag_of_its_recipe():
     parser = argparse.ArgumentParser()
     T.add_recipe_arguments(parser)
     assert set(T.RECIPE) == {a.dest for a in parser._actions} - {"help"} | {"image_size", "amp"}
-
-
-def test_gold_never_sees_the_forget_set(tmp_path):
-    data, s, args = digits(tmp_path, "--epochs", "1")
-    for which, parts in (("gold", ("retain", "val")), ("original", ("retain", "forget", "val"))):
-        with record_reads() as read:
-            T.train(which, data, s, args)
-        assert set(np.concatenate(read).tolist()) == {i for part in parts for i in s[part]}
 
 
 @pytest.mark.parametrize("dataset", D.PRESETS)
