@@ -34,6 +34,7 @@ for k in 1 2; do
   python baselines.py $own --method scrub --unlearn-lr 0.000562 --ascent-epochs 1 --unlearn-epochs 1
   python baselines.py $own --method ssd --ssd-alpha 158.0 --ssd-lambda 0.1
   python baselines.py $own --method pgu --unlearn-lr 1.78 --pgu-gamma 0.835 --unlearn-epochs 5
+  python metaunlearn.py $own --preset paper $full --eta 1.0 --alpha 0.0001
 done
 python evaluate.py --pack results/faces-vit-20.jsonl --results runs/faces-vit/celebahq-ids20-split*
 python evaluate.py --table mu1 --results results/faces-vit-20.jsonl --plot results/faces-vit.png

@@ -2,14 +2,18 @@
 
 import contextlib
 import inspect
+import os
 import sys
 import types
 
-import numpy as np
-import pytest
-import torch
+# One thread: beside another busy process, two that wait for each other take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import data as D
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import data as D  # noqa: E402
 
 
 @pytest.fixture(scope="session")
