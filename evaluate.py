@@ -683,6 +683,7 @@ TABLES = {
         for part in ("ForFeed", "RemFeed", "MetaOpt")
         for said, ending in {"": "", ", LTU's flags": "-same"}.items()
     }
+    | {"default flags": "ltu-default"}
     | _LTU,
     "ltu4": {
         "GradAdd": "ltu-add",

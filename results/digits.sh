@@ -17,6 +17,7 @@ for k in 0 1 2 3 4; do
     python baselines.py $tenth --search --rho $rho --name rho$rho --method ft randl badt salun scrub
   done
   for rho in 0.1 1; do python ltu.py $tenth --search --rho $rho --name rho$rho; done
+  python ltu.py $tenth --name default
   for part in forfeed remfeed metaopt; do # Table 3, with flags of its own and with LTU's
     python ltu.py $tenth --no-$part --search --name no-$part
     python ltu.py $tenth --no-$part --like ltu --name no-$part-same
