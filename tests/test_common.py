@@ -333,7 +333,7 @@ def test_impossible_model_ends_in_one_line(name, capsys):
 
 
 def test_a_vit_by_name_alone_needs_no_image_size():
-    assert common.build_model("efficientvit_m0", 5, 64).width == 192
+    assert common.build_model("fastvit_t8", 5, 64).width == 768
 
 
 @pytest.mark.parametrize("outputs", [5, 7])
