@@ -15,6 +15,7 @@ zero="$vit --split-seed 0"
 python baselines.py $zero --search --method ga jit ssd pgu influence scrub
 python baselines.py $zero --search --all-pictures --name all-pictures --method influence
 python baselines.py $zero --method retrain
+python baselines.py $vit --split-seed 1 --method retrain
 # Searched in 54 outer steps on few images, then the authors' 558 steps with what was found.
 few="--meta-epochs 6 --forget-images 32 --val-images 32"
 full="--meta-epochs 62 --forget-images 64 --val-images 64"
