@@ -1029,7 +1029,7 @@ def from_folder(args):
             people = [row["identity"] for row in rows]
             if not all(who.isdecimal() and len(who) < 19 for who in people):
                 people = np.unique(people, return_inverse=True)[1]
-                say("people are numbered from 0 in the order of their names, as --support has them")
+                say("people get numbers from 0 by the order of their names; --support takes these")
             table["identities"] = np.array(people, int)
     else:
         known = Image.registered_extensions()

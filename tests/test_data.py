@@ -774,6 +774,7 @@ def test_pair_from_people_in_a_table(numbered, tmp_path, capsys):
     out, d, split = prepared(folder, tmp_path, capsys, "--ids", "4")
     assert "2 attributes, 45 at least: 0 hat (45), 1 beard (45); 30 people, 3 pictures" in out
     assert d["identities"].tolist() == [100 * numbered + i // 3 for i in range(90)]
+    assert ("order of their names" in out) != numbered
     assert d["targets"].tolist() == [[i % 2, i // 45] for i in range(90)]
     assert len(split["support"]) == 4 and d["target_names"].tolist() == ["hat", "beard"]
     argv = ["--from-folder", str(folder), "--data-dir", str(tmp_path)]
