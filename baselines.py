@@ -18,7 +18,7 @@ Bernoulli for each attribute, where published code takes a softmax over attribut
 Symbols: theta model, D_f forget set (or Support S), D_r retain set (its share rho), D training set,
 p = |D_f| / |D|.
 
---search tries up to 12 settings of each method, chosen by the same rule (evaluate.search).
+--search tries up to 12 settings (--tries) of each method, by the same rule (evaluate.search).
 """
 
 import argparse

@@ -248,7 +248,7 @@ def judging(model, problems, data, split, judged_by, args):
     return lambda unlearn: average_gap(figures(unlearn(), "forget"), goal)
 
 
-TRIES = 12  # settings that a search tries, the same for every method
+TRIES = 12  # settings that a search tries unless --tries says otherwise
 DOES_MORE_WHEN_SMALLER = ("ssd_alpha",)
 SHARES = ("mask_share", "pgu_gamma")  # flags below 1, of which the odds are moved
 LONGEST = 0.2  # passes over D over those of training, at most
@@ -261,7 +261,7 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     goal, nothing how far the original model is. One flag at a time is moved half a decade up or
     down; where that is better it is moved on, so that no range has an edge. Where no move is
     better, moves become half as long. A step size also grows where nothing changes, for there it is
-    too small to do anything. It ends after TRIES settings, or at moves of a sixteenth of a decade.
+    too small to do anything. It ends after --tries settings, or at moves of 1/16 of a decade.
     Returns the best values, and a record: `chosen`, `search` (all that was tried), `nothing` and
     `open`, flags whose best value is the largest or the smallest tried. partial: where tries are
     kept, so that --resume does not repeat them. most: bounds {flag: value}, for the start as well;
@@ -283,14 +283,14 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     def measured(place: dict) -> float:
         values = values_at(place)
         own = [t for t in tried if values.items() <= t.items()]
-        if not own and len(tried) < TRIES:
+        if not own and len(tried) < args.tries:
             own = [t for t in known if values.items() <= t.items()]
             own = own or [values | {"distance": quietly(distance, values)}]
             tried.append(own[0])
             said = ", ".join(f"{common.flag_name(k)} {v:g}" for k, v in values.items())
             found = own[0]["distance"]
             shown = "diverged" if found is None else f"distance {100 * found:.2f}"
-            say(f"search {len(tried)}/{TRIES}: {said}: {shown}")
+            say(f"search {len(tried)}/{args.tries}: {said}: {shown}")
             if partial and common.rank_and_world()[0] == 0:
                 common.write_json(partial, {"about": about, "tried": tried})
         return own[0]["distance"] if own and own[0]["distance"] is not None else math.inf
@@ -298,7 +298,7 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     first, place, length = next(iter(start)), dict.fromkeys(start, 0), 8
     stronger = -1 if first in DOES_MORE_WHEN_SMALLER else 1
     least = measured(place)
-    while length and len(tried) < TRIES:
+    while length and len(tried) < args.tries:
         before = place
         for flag, way in itertools.product(start, (length, -length)):
             better = True
@@ -349,7 +349,7 @@ def quietly(distance, values) -> float | None:
 NO_FLAGS = {"seed", "split_seed", "name", "method", "device", "data_dir", "checkpoint_dir", "out"}
 NO_FLAGS |= {"resume", "overwrite", "plot", "save", "check_gradient", "export_support", "support"}
 NO_FLAGS |= {"meta_batch_size", "table", "pack", "attack", "figure", "results", "rows"}
-NO_FLAGS |= {"markdown", "brief", "seeds", "given"}
+NO_FLAGS |= {"markdown", "brief", "seeds", "given", "tries"}
 
 
 def add_result_arguments(parser):
@@ -358,6 +358,8 @@ def add_result_arguments(parser):
     # fmt: off
     add("--out", default="runs", help="folder of run files; ours lie packed in results/")
     add("--name", type=word, default="", help="added to the run's name: a variant stands beside it")
+    add("--tries", type=common.count, default=TRIES, metavar="N",
+        help="settings that --search tries at most; alike for all methods that are compared")
     add("--overwrite", action="store_true", help="run again where a result is there")
     add("--save", metavar="FILE", help="write the unlearned model there too")
     add("--plot", action="store_true", help="draw a figure beside the run file")

@@ -463,11 +463,11 @@ def check_rmia_and_roc(module):
 def check_search(module, folder, capsys):
     """No range has an edge; a step too small to matter grows; ends are told; tries are kept."""
     args, partial = T.parse_args(["--epochs", "40", "--resume"]), folder / "ga.tries"
-    args.out = str(folder)
+    args.out, args.tries = str(folder), 12
 
     def search(start, distance, nothing=math.inf, **more):
         best, record = module.search(start, distance, nothing, args, **more)
-        assert 0 < len(record["search"]) <= module.TRIES == 12 and record["chosen"] == best
+        assert 0 < len(record["search"]) <= args.tries and record["chosen"] == best
         return best, record
 
     def far(values):  # from 3 decades above the first flag and half a decade below the second
@@ -523,6 +523,12 @@ def check_search(module, folder, capsys):
     whole = search({"lr": 0.1}, lambda values: abs(values["lr"] - 1))
     assert search({"lr": 0.1}, stops, partial=partial) == whole
     assert len(asked) == len(whole[1]["search"]) + 1  # the interrupted one twice, no other
+    # Fewer --tries are the first of these, and more go on from them.
+    args.tries = 5
+    assert search({"lr": 0.1}, stops, partial=partial)[1]["search"] == whole[1]["search"][:5]
+    asked, args.tries = [0.1] * 5, 12
+    assert search({"lr": 0.1}, stops, partial=partial) == whole
+    assert asked[5:] == [t["lr"] for t in whole[1]["search"][5:]]
     args.lr *= 2
     asked = []
     with pytest.raises(KeyboardInterrupt):
@@ -596,7 +602,7 @@ MUTANTS = {
     "in vain, not counted": ('>= v["nothing"]', '> v["nothing"]'),
     "search of one length": ("length // 2\n    best, open_ends", "0\n    best, open_ends"),
     "ascent in more epochs than there are": ("] = min(values[", "] = max(values["),
-    "search without end": ("len(tried) < TRIES:\n            own", "True:\n            own"),
+    "search without end": ("len(tried) < args.tries:\n            own", "True:\n            own"),
     "tries of other flags": ('if saved["about"] == json.loads(json.dumps(about)) else []', ""),
     "tries repeated": ("and partial.is_file():\n        saved", "and False:\n        saved"),
     "ends not told": ("(min(others), max(others)) and not bound", "()"),
