@@ -25,7 +25,6 @@ python metaunlearn.py $zero --search --name search --preset paper $few
 python metaunlearn.py $zero --preset paper $full --eta 1.0 --alpha 0.0001
 python metaunlearn.py $zero --search --name search --preset code $few
 python metaunlearn.py $zero --preset code $full --eta 0.0178 --alpha 0.000178
-python evaluate.py --attack $zero --references 1
 for k in 1 2; do
   own="$vit --split-seed $k"
   python baselines.py $own --method influence --radius 0.003 --damping 0.00562
@@ -37,5 +36,7 @@ for k in 1 2; do
   python baselines.py $own --method pgu --unlearn-lr 1.78 --pgu-gamma 0.835 --unlearn-epochs 5
   python metaunlearn.py $own --preset paper $full --eta 1.0 --alpha 0.0001
 done
+for k in 0 1; do python evaluate.py --attack $vit --split-seed $k --references 1; done
+for figure in 4 5; do python evaluate.py --figure $figure $vit --seeds 3 --rows metaunlearn-paper ga ssd; done
 python evaluate.py --pack results/faces-vit-20.jsonl --results runs/faces-vit/celebahq-ids20-split*
 python evaluate.py --table mu1 --results results/faces-vit-20.jsonl --plot results/faces-vit.png
