@@ -1126,10 +1126,10 @@ def test_the_ascent_step_is_chosen_by_simulated_tow(trained):
         assert (judged.call_count > 1) == (not args.resume)  # once for the original model
 
 
-def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, monkeypatch):
+def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained):
     run = trained["random"]
-    monkeypatch.setattr(evaluate, "TRIES", 2)
-    once = [*run.flags, "--unlearn-epochs", "1", "--search", "--plot", "--method", "ga"]
+    once = [*run.flags, "--unlearn-epochs", "1", "--search", "--tries", "2", "--plot"]
+    once += ["--method", "ga"]
     results = B.main([*once, "ft", "--name", "searched"])
     for method, result in zip(("ga", "ft"), results.values(), strict=True):
         assert result["name"] == f"{method}-searched" and len(result["search"]) == 2
@@ -1154,10 +1154,9 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, mon
     assert len(dry) == len(B.METHODS) and all(r["setting"][-4:] == "-dry" for r in dry.values())
 
 
-def test_search_with_identities_says_that_it_read_all_of_d_r(trained, monkeypatch):
-    monkeypatch.setattr(evaluate, "TRIES", 1)
+def test_search_with_identities_says_that_it_read_all_of_d_r(trained):
     flags = [*trained["identities"].flags, "--method", "ga", "--search", "--name", "half"]
-    found = B.main([*flags, "--rho", "0.5"])["GA"]["access"]
+    found = B.main([*flags, "--rho", "0.5", "--tries", "1"])["GA"]["access"]
     assert found == {"unlearning": ["support"], "choosing flags": ["forget", "retain", "val"]}
 
 
