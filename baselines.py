@@ -574,8 +574,13 @@ def curvature(model, data, indices: Tensor, args, *key: int) -> dict:
     George et al. 2018 (EK-FAC), with the factors of Gupta et al. 2018 (Shampoo): they weigh images
     by their gradients, which are about 0 for most where a model fits its data.
     """
+    first, held = {}, 0  # first: is it fewer operations to turn g and a than G, their product?
     for a, labels in flows(model, data, indices[:1], 1, generator(*key), args):
-        held = sum(x.numel() for flow in (a, next(labels)) for x in flow.values())
+        drawn = list(labels)
+        for k, x in a.items():
+            (_, T, i), o = x.shape, drawn[0][k].shape[-1]
+            held += T * (o + i)
+            first[k] = T * (o * o + i * i / len(drawn)) <= o * i * (o + i)
     size = min(max(1, FLOWS // held), 64)
     order = torch.randperm(len(indices), generator=generator(*key, 1))
     some, sums = indices[order[:BASIS_IMAGES]].sort().values, ({}, {})
@@ -590,10 +595,15 @@ def curvature(model, data, indices: Tensor, args, *key: int) -> dict:
     U_out, U_in = ({k: eigh(t.float())[1].to(like) for k, t in of.items()} for of in sums)
     second = dict.fromkeys(a, 0.0)
     for a, labels in flows(model, data, indices, size, generator(*key), args):
+        # Once for all labels: of ten classes, this is most of the work.
+        a = {k: turned(x, U_in.get(k)) if first[k] else x for k, x in a.items()}
         for g in labels:
             for k in a:
-                own = squares(g[k], a[k], U_out.get(k), U_in.get(k))
-                second[k] = second[k] + own / len(indices)
+                if first[k]:
+                    own = squares(turned(g[k], U_out.get(k)), a[k])
+                else:
+                    own = squares(g[k], a[k], U_out.get(k), U_in.get(k))
+                second[k] += own / len(indices)
     return {k: (U_out.get(k), U_in.get(k), t) for k, t in second.items()}
 
 
@@ -688,25 +698,22 @@ def factors(g: Tensor, a: Tensor) -> list:
     return found
 
 
-def squares(g: Tensor, a: Tensor, U_out, U_in) -> Tensor:
+def squares(g: Tensor, a: Tensor, U_out=None, U_in=None) -> Tensor:
     """Sum over images of (U_out^T G U_in)^2, G = sum over places of g a^T: (o, i)."""
-    (_, T, o), i = g.shape, a.shape[-1]
-    before = T * (o * o + i * i) <= o * i * (o + i)  # fewer operations than to turn G itself
-    if before:
-        g, a = turned(g, U_out), turned(a, U_in)
-    total = torch.zeros(o, i, device=g.device, dtype=torch.promote_types(g.dtype, torch.float32))
+    o, i, exact = g.shape[-1], a.shape[-1], torch.promote_types(g.dtype, torch.float32)
+    total = torch.zeros(o, i, device=g.device, dtype=exact)
     for own_g, own_a in zip(g, a, strict=True):  # one G at a time stays in the cache
-        G = own_g.mT @ own_a
-        if not before:
-            G = turned(turned(G, U_in).mT, U_out).mT
-        G = G.to(total)
+        G = turned(turned(own_g.mT @ own_a, U_in).mT, U_out).mT.to(total)
         total.addcmul_(G, G)
     return total
 
 
 def turned(x: Tensor, U, back=False) -> Tensor:
     """x U, or back x U^T; x where U is None."""
-    return x if U is None else x @ (U.mT if back else U).to(x)
+    if U is None:
+        return x
+    # Not @, which copies U for every image where x is a transposed view.
+    return torch.tensordot(x, (U.mT if back else U).to(x), 1)
 
 
 def natural(fisher: dict, gradient: dict, damping: float) -> dict:

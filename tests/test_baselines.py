@@ -678,13 +678,16 @@ MUTANTS = {
     "influence kept_data": [('D[~torch.isin(D, have["forget"])]', "D")],
     "natural": [("(second.to(G) + damping)", "(second.to(G) + damping).sqrt()")],
     "natural curvature": [("eigh(t.float())[1]", "torch.eye(len(t))")],
-    "curvature": [(" / len(indices)", "")],
+    "curvature": [
+        (" / len(indices)", ""), ("if first[k] else x for", "if False else x for"),
+        ("turned(g[k], U_out.get(k))", "g[k]")],
     "unusual_layers places": [("isinstance(module, nn.Conv2d)", "g.ndim == 4")],
     "curvature factors": [("(a @ a.mT) @ g", "g"), ("= G.mT, G\n", "= G.mT, a\n")],
     "curvature flows": [
         ("value=1.0", "value=0.0"), ("z.clone()", "z"), (" * weight.sqrt().to(logits)", ""),
         (" if multilabel else 1)  #", " if False else 1)  #")],
-    "curvature squares": [("if not before", "if before"), ("addcmul_(G, G)", "add_(G)")],
+    "curvature squares": [
+        ("addcmul_(G, G)", "add_(G)"), ("turned(own_g.mT @ own_a, U_in)", "(own_g.mT @ own_a)")],
     "curvature labels_of_the_model": [
         ("torch.bernoulli(logits.sigmoid(), generator=rng)", "(logits > 0)")],
 }
