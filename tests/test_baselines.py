@@ -1104,7 +1104,7 @@ def test_the_ascent_step_is_chosen_by_simulated_tow(trained):
     run = trained["identities"]
     _, data, split, model = opened(run)
     args = T.parse_args(run.flags[:2] + run.flags[4:])  # without --out: no flag of baselines.py
-    args.amp = False
+    args.amp, args.tries = False, 12  # which metaunlearn.py's flags bring
     student, step, problems = B.ascent_step(model, data, split, args)
 
     def ascended(support, size):
