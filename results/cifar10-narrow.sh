@@ -9,5 +9,5 @@ narrow="--dataset cifar10 --model resnet18_w16 --amp --epochs 16 --plain-epochs 
 narrow="$narrow --warmup-epochs 1 --keep last --out runs/cifar10-narrow --resume --split-seed 0 --seed 0 --tries 6"
 python ltu.py $narrow --search
 python baselines.py $narrow --search --method ft ga salun scrub
-python baselines.py $narrow --search --rho 0.3 --name rho0.3 --method ft
+python baselines.py $narrow --search --rho 0.3 --name rho0.3 --method ft scrub
 python evaluate.py --pack results/cifar10-narrow-10.jsonl --results runs/cifar10-narrow/cifar10-random0.1-split0
