@@ -1133,6 +1133,7 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained):
     run = trained["random"]
     once = [*run.flags, "--unlearn-epochs", "1", "--search", "--tries", "2", "--plot"]
     once += ["--method", "ga"]
+    assert B.parse_args([]).tries == 12  # as README says
     results = B.main([*once, "ft", "--name", "searched"])
     for method, result in zip(("ga", "ft"), results.values(), strict=True):
         assert result["name"] == f"{method}-searched" and len(result["search"]) == 2
