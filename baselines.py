@@ -1015,7 +1015,7 @@ def run_and_report(method, model, both, data, split, sets, seconds, args, flags)
     chosen, more = {}, {}
     try:
         if args.search and METHODS[method]["search"]:
-            partial = evaluate.tries_path(evaluate.run_name(method, args), args)
+            partial = evaluate.tries_path(evaluate.run_name(method, args), args, split)
             chosen, more = search(method, model, data, split, sets, args, partial=partial)
         student, took, passes = run(method, model, data, sets, own_args(method, args, **chosen))
     except (FloatingPointError, ValueError) as error:
@@ -1113,13 +1113,13 @@ def main(argv=None):
         fail("baselines.py runs as one process; train.py may be started by torchrun before it")
     common.check_writable(args.checkpoint_dir, args.out, file=args.save)
     flags = {method: evaluate.flags_of(own_args(method, args)) for method in args.method}
+    data, split = open_data(args, device)
     results = {}
     for method in args.method:
         name = evaluate.run_name(method, args)
-        results[method] = evaluate.earlier_result(name, args, flags[method])
+        results[method] = evaluate.earlier_result(name, args, flags[method], split)
     missing = [method for method in args.method if results[method] is None]
     if missing:
-        data, split = open_data(args, device)
         sets = sets_of(split, args)
         seen, whole = reachable(split, args.rho, args.split_seed), len(split["retain"])
         if len(seen) < 1 + args.search:  # a search keeps one from the method

@@ -267,7 +267,8 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     kept, so that --resume does not repeat them. most: bounds {flag: value}, for the start as well;
     SCRUB's epochs with ascent are some of all its epochs.
     """
-    about, known, tried, most = flags_of(args), [], [], dict(most)
+    known, tried, most = [], [], dict(most)
+    about = {key: value for key, value in flags_of(args).items() if key != "tries"}
     start = {k: min(v, most.get(k, v)) for k, v in start.items()}
     if partial and args.resume and partial.is_file():
         saved = json.loads(partial.read_text())
@@ -349,7 +350,7 @@ def quietly(distance, values) -> float | None:
 NO_FLAGS = {"seed", "split_seed", "name", "method", "device", "data_dir", "checkpoint_dir", "out"}
 NO_FLAGS |= {"resume", "overwrite", "plot", "save", "check_gradient", "export_support", "support"}
 NO_FLAGS |= {"meta_batch_size", "table", "pack", "attack", "figure", "results", "rows"}
-NO_FLAGS |= {"markdown", "brief", "seeds", "given", "tries"}
+NO_FLAGS |= {"markdown", "brief", "seeds", "given"}
 
 
 def add_result_arguments(parser):
@@ -382,36 +383,40 @@ def result_path(name: str, args) -> pathlib.Path:
     return pathlib.Path(args.out) / folder / f"{name}-seed{args.seed}.json"
 
 
-def tries_path(name: str, args) -> pathlib.Path:
-    """Where an interrupted search keeps what it has tried."""
-    return result_path(name, args).with_suffix(".tries")
+def tries_path(name: str, args, split) -> pathlib.Path:
+    """Where an interrupted search keeps what it has tried on these images and this split."""
+    return result_path(name, args).with_suffix(f".{split['hash']}.tries")
 
 
 def flags_of(args) -> dict:
     """The flags that make a run what it is; to be taken before load, which sets --image-size."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in NO_FLAGS}
+    unused = NO_FLAGS if vars(args).get("search") else {*NO_FLAGS, "tries"}
+    return {key: value for key, value in sorted(vars(args).items()) if key not in unused}
 
 
-def earlier_result(name: str, args, flags: dict) -> dict | None:
+def earlier_result(name: str, args, flags: dict, split: dict) -> dict | None:
     """The result of an earlier run with the same flags; None where there is none, or --overwrite.
 
-    Raises SystemExit(2) where its flags were others: nobody's result is replaced in silence.
+    Raises SystemExit(2) where its flags, or the split or its images, were others: nobody's result
+    is replaced in silence.
     """
     path = result_path(name, args)
     if args.overwrite or not path.is_file():
         return None
     try:
         result = json.loads(path.read_text())
-        known = result["flags"]
+        known, split_hash = result["flags"], result["split_hash"]
         compare(result["metrics"])["unlearned"]
     except (ValueError, KeyError, TypeError):
         say(f"{path} is cut short or of another version; it is made again")
         return None
+    advice = "add --name WORD to keep both, or --overwrite"
     for flag in sorted(known | flags):
         was, now = known.get(flag), flags.get(flag)
         if was != now:
-            advice = "add --name WORD to keep both, or --overwrite"
             fail(f"{path} was made with {common.flag_name(flag)} {was}, not {now}; {advice}")
+    if split_hash != split["hash"]:
+        fail(f"{path} was made of other images (split {split_hash}, not {split['hash']}); {advice}")
     say(f"{path} is there, made with the same flags; --overwrite runs again")
     keep_and_draw(result, name, args)
     return result
@@ -452,7 +457,7 @@ def report(name, model, rows, seconds, access, flags, data, split, args, **more)
     checkpoint = checkpoint_folder(args) / f"{name}-seed{args.seed}.pt"
     path = result_path(name, args)
     common.save_checkpoint(checkpoint, **content)
-    tries_path(name, args).unlink(missing_ok=True)
+    tries_path(name, args, split).unlink(missing_ok=True)
     result = run_header(name, data, split, args, flags) | {"access": access, "metrics": rows}
     result["metric"] = "mAP" if data["targets"].ndim == 2 else "accuracy"
     retained = len(split["retain"]) / (len(split["retain"]) + len(split["forget"]))

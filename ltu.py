@@ -647,14 +647,14 @@ def main(argv=None):
         fail("ltu.py runs as one process; train.py may be started by torchrun before it")
     common.check_writable(args.checkpoint_dir, args.out, file=args.save)
     flags, name, label = evaluate.flags_of(args), evaluate.run_name("ltu", args), label_of(args)
-    result = evaluate.earlier_result(name, args, flags)
-    if result:
-        return evaluate.show({label: result})
     more = {"chosen": taken_from(args.like, args)} if args.like else {}
     vars(args).update(more.get("chosen", {}))
     if args.search and "--search" not in args.given:
         say(f"no step sizes for {args.dataset} are known, and none are given: they are searched")
     data, split = open_data(args, device)
+    result = evaluate.earlier_result(name, args, flags, split)
+    if result:
+        return evaluate.show({label: result})
     seen = reachable(split, args.rho, args.split_seed)
     if len(seen) < 10 and not args.dry_run:
         whole = len(split["retain"])
@@ -668,7 +668,7 @@ def main(argv=None):
     attacks, mi_report = mi_models(model, data, split, at_hand, args) if args.forfeed else ([], [])
     seconds["mi_models"], by_attacks = clock(device) - begin, data.get("read", 0) - read
     if args.search:
-        tries = evaluate.tries_path(name, args)
+        tries = evaluate.tries_path(name, args, split)
         chosen, more = search(model, data, split, at_hand, judges, attacks, args, tries)
         vars(args).update(chosen)
     partial = checkpoint_folder(args) / f"{name}-seed{args.seed}.partial.pt"

@@ -714,7 +714,7 @@ def unlearn_and_report(name: str, flags: dict, data, split, args) -> dict | None
         fisher = fisher_of(model, data, split, args)
         seconds |= {"curvature": common.clock(data["device"]) - begin} if fisher else {}
         if args.search:
-            tries = evaluate.tries_path(name, args)
+            tries = evaluate.tries_path(name, args, split)
             chosen, more = search(model, data, split, args, fisher, tries)
             vars(args).update(chosen)
         h_phi, seconds["meta_train"] = meta_train(model, data, split, args, fisher, path)
@@ -855,16 +855,10 @@ def main(argv=None):
     common.check_writable(*filter(None, folders), file=args.save)
     flags, label = evaluate.flags_of(args), f"METAUNLEARN {args.preset}"
     name = evaluate.run_name(f"metaunlearn-{args.preset}", args)
-    result = None if args.check_gradient else evaluate.earlier_result(name, args, flags)
-    if result and not args.export_support:
-        return evaluate.show({label: result})
     common.start_processes(device)
     data, split = open_data(args, device)
     if args.export_support and rank_and_world()[0] == 0:
         write_pictures(data, split["support"], args.export_support)
-    if result:
-        common.stop_processes()
-        return evaluate.show({label: result})
     if args.check_gradient:
         # It stands with the tests, which use its finite differences too.
         sys.path.insert(0, str(pathlib.Path(__file__).parent / "tests"))
@@ -873,7 +867,8 @@ def main(argv=None):
         found = check_gradient(train("original", data, split, args)[0], data, split, args)
         common.stop_processes()
         return found
-    result = unlearn_and_report(name, flags, data, split, args)
+    result = evaluate.earlier_result(name, args, flags, split)
+    result = result or unlearn_and_report(name, flags, data, split, args)
     if result:
         evaluate.show({label: result})
     common.stop_processes()

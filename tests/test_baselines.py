@@ -997,7 +997,7 @@ def test_a_result_is_printed_again_or_refused_or_made_anew(trained, capsys):
     first = B.main([*own, "0.02", "--method", "ga"])["GA"]
     (path,) = trained["random"].folder.rglob("ga-kept-seed0.json")
     plain = path.with_name("ga-seed0.json").read_text()
-    with patch.multiple(B, open_data=None, train_both=None, run=None):  # nothing is trained
+    with patch.multiple(B, train_both=None, run=None):  # nothing is trained
         capsys.readouterr()
         assert B.main([*own, "0.02", "--method", "ga"]) == {"GA": first}
         out = capsys.readouterr().out
@@ -1129,7 +1129,7 @@ def test_the_ascent_step_is_chosen_by_simulated_tow(trained):
         assert (judged.call_count > 1) == (not args.resume)  # once for the original model
 
 
-def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained):
+def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained, capsys):
     run = trained["random"]
     once = [*run.flags, "--unlearn-epochs", "1", "--search", "--tries", "2", "--plot"]
     once += ["--method", "ga"]
@@ -1142,6 +1142,8 @@ def test_search_and_plot_and_save_and_dry_run_from_the_command_line(trained):
         assert result["access"]["choosing flags"] == ["forget", "retain (rho 0.5)", "val"]
     assert len(list(run.folder.rglob("*-searched-seed0.png"))) == 2
     assert not list(run.folder.rglob("*.tries"))  # of use to an interrupted search alone
+    asked = [*once, "--name", "searched", "--tries", "3"]
+    refused(capsys, "was made with --tries 2, not 3; add --name", B.main, asked)
     # The model that was judged is the one that is handed out.
     args, data, split, model = opened(run, "--search")
     judges, ft = B.sets_of(split, args)["judges"].tolist(), copy.deepcopy(model)

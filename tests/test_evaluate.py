@@ -326,13 +326,14 @@ def check_pack(module, faces):
 
 
 def check_earlier_result(module, folder, capsys):
-    """The same flags: as it was written. Others: refused with the first difference."""
+    """The same flags and images: as it was written. Others: refused with the first difference."""
+    split = {"hash": "aaaa"}
 
     def args(*more):
         return metaunlearn.parse_args(["--dataset", "x", "--ids", "4", "--out", str(folder), *more])
 
     def earlier(*more):
-        return module.earlier_result("m", args(*more), module.flags_of(args(*more)))
+        return module.earlier_result("m", args(*more), module.flags_of(args(*more)), split)
 
     path = module.result_path("m", args())
     assert path == folder / "x-ids4-split0" / "m-seed0.json" and earlier() is None
@@ -346,6 +347,10 @@ def check_earlier_result(module, folder, capsys):
     assert earlier("--overwrite") is None and earlier("--seed", "1") is None
     line = refused(capsys, str(path), earlier, "--eta", "0.2", "--alpha", "0.5")
     assert "--alpha 0.001, not 0.5;" in line and "--name" in line and "--overwrite" in line
+    split["hash"] = "bbbb"
+    assert "other images (split aaaa, not bbbb); add" in refused(capsys, str(path), earlier)
+    split["hash"] = "aaaa"
+    assert "tries" not in flags and module.flags_of(args("--search", "--tries", "3"))["tries"] == 3
     for damaged in (json.dumps(made)[:-99], json.dumps(made).replace('"flags"', '"args"'), "[]"):
         path.write_text(damaged)
         assert earlier() is None and "made again" in capsys.readouterr().out
@@ -619,6 +624,8 @@ MUTANTS = {
     "wrong by the other share": ("(r[~at_hand], in_r[~", "(r[at_hand], in_r["),
     "mi with identities": ('by_identity, sets = "support" in split', "by_identity, sets = False"),
     "flags not compared": ("if was != now:", "if False:"),
+    "result of other images": ('if split_hash != split["hash"]:', "if False:"),
+    "number of tries not compared": ('if vars(args).get("search") else', "if True else"),
     "--overwrite ignored": ("args.overwrite or not path.is_file()", "not path.is_file()"),
     "every original left out": ('if own["metrics"][row] == known[row]}', "}"),
     "run appended twice": ("list({run_key(run): run for run in runs}.values())", "runs"),

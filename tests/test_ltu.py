@@ -404,7 +404,7 @@ def test_confidence_is_the_probability_of_the_label_whatever_the_batch():
 # Whole runs
 
 # 12 iterations: 6.4 passes over 121 images, 64 at a time
-SHORT = ["--epochs", "25", "--passes", "6.4", "--alpha", "0.3", "--beta", "0.03"]
+SHORT = ["--epochs", "25", "--passes", "6.4", "--alpha", "0.1", "--beta", "0.03"]
 PHASES = {"train": T, "mi_models": L, "unlearn": L, "measure": E}
 
 
@@ -838,7 +838,7 @@ def test_a_bar_that_diverges_does_not_lose_ltu(again, monkeypatch):
 def test_step_sizes_that_suit_another_model_are_said(run, again, flags, capsys):
     """After unlearning, where D_r suffered; and before training that they are searched."""
     advice = "; try --search"
-    result = again("--beta", "0.3", "--name", "damaged")
+    result = again("--alpha", "0.3", "--beta", "0.3", "--name", "damaged")
     lost = [result["metrics"][row]["retain"]["accuracy"] for row in ("original", "unlearned")]
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.endswith(advice))
     assert line.startswith(f"RA fell from {100 * lost[0]:.1f} to {100 * lost[1]:.1f}: the step")
@@ -859,7 +859,7 @@ def refuse(*_):
 def test_class_forgetting_run(tmp_path):
     """Neither the gold model nor LTU should know test images of a class that is gone."""
     flags = ["--forget", "class", "--forget-classes", "3", "--label-noise", "0"]
-    flags += ["--epochs", "5", "--passes", "12", "--alpha", "0.3", "--beta", "0.03"]
+    flags += ["--epochs", "5", "--passes", "12", "--alpha", "0.1", "--beta", "0.03"]
     result = L.main([*places(tmp_path), *flags])
     assert result["setting"] == "class3-split0"
     rows = result["metrics"]
