@@ -912,14 +912,13 @@ def sets_of(split: dict, args) -> dict:
     statistics holds D_r whole, whatever rho; `split` is there for the second gold model. judges:
     see evaluate.hold_out.
     """
-    most = 64 if args.dry_run else None
     retain = judges = reachable(split, args.rho, args.split_seed)
     if args.search:
         retain, judges = evaluate.hold_out(retain, args)
     sets = {"forget": split["forget"], "retain": retain, "judges": judges}
     sets |= {"support": split["support"]} if "support" in split else {}
-    sets = {name: torch.tensor(indices[:most]) for name, indices in sets.items()}
-    D = torch.cat([torch.tensor(split["retain"][:most]), sets["forget"]])
+    sets = {name: torch.tensor(indices) for name, indices in sets.items()}
+    D = torch.cat([torch.tensor(split["retain"]), sets["forget"]])
     return sets | {"statistics": D.sort().values, "split": split}
 
 

@@ -43,6 +43,7 @@ def guarded(main):
     try:
         try:
             main()
+            stop_processes()
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:

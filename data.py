@@ -1,10 +1,9 @@
 """Data sets as arrays, their splits, augmentation on the device, and prediction over indices.
 
 Usage:
-    python data.py                                         # draw the toy faces, print the split
-    python data.py --dataset digits                        # random-sample unlearning
-    python data.py --dataset celebahq --annotations-only   # the split alone, without any picture
-    python data.py --from-folder DIR --image-size 32       # make a pair of your own pictures
+    python data.py                                      # draw the toy faces, print the split
+    python data.py --dataset digits                     # random-sample unlearning
+    python data.py --from-folder DIR --image-size 32    # make a pair of your own pictures
 
 Each data set becomes a pair of files, and again when what it came from has changed:
 <data-dir>/prepared/<name>-<size>.npy with the images, uint8 (N, H, W, 3), memory-mapped, and an
@@ -717,9 +716,8 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
     An epoch passes over all training identities without replacement, n_s at a time; the last block
     is filled from the beginning. Of each identity one random training image is the simulated
     Support, the others are in the simulated D_f (Sec. 3.3; Alg. 1 line 3 leaves the Support in D_f
-    too); a single image is in both. The real Support set is
-    never touched. Mismatch: simulated Support images were in the training set; the real one was
-    not. --held-out (ours) removes it: simulated Support images are then the held-out ones.
+    too); a single image is in both. The real Support set is never touched. Unlike it, simulated
+    Support images were in the training set, but with --held-out (ours) they were not.
     """
     rng = np.random.default_rng([seed, epoch, 3])
     trained_on = np.array(split["retain"] + split["forget"])
@@ -731,11 +729,12 @@ def simulated_requests(data: dict, split: dict, n_s: int, seed: int, epoch: int)
     for start in range(0, len(order), n_s):
         support, forget = [], []
         for i in range(start, start + n_s):
-            identity = order[i % len(order)]
+            identity = order[i % len(order)]  # Alg. 1, line 2
             own = trained_on[owner == identity]
             chosen = held_out[identity] if identity in held_out else own[rng.integers(len(own))]
-            support.append(chosen)
-            forget.extend(own[own != chosen] if len(own) > 1 else own)
+            support.append(chosen)  # line 5
+            forget.extend(own[own != chosen] if len(own) > 1 else own)  # line 3
+        # Line 4, D_r, is what is left: see metaunlearn.request_sets.
         yield np.array(support), np.array(forget)
 
 
@@ -1062,21 +1061,14 @@ def parse_args(argv=None):
     common.add_shared_arguments(parser)
     text = "prepare your own pictures: folders by class, or labels.csv (file, identity, labels)"
     parser.add_argument("--from-folder", metavar="DIR", help=text)
-    parser.add_argument("--annotations-only", action="store_true", help="split without any picture")
     return common.parse_with_presets(parser, PRESETS, argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.annotations_only:
-        if args.dataset not in ("celeba", "celebahq") or args.forget != "identities":
-            fail("--annotations-only is for celeba and celebahq, and --forget identities")
-        data = READERS[args.dataset](pathlib.Path(args.data_dir))
-        data |= {"name": args.dataset, "digest": "annotations"}
-    else:
-        if args.from_folder:
-            from_folder(args)
-        data = load(args)
+    if args.from_folder:
+        from_folder(args)
+    data = load(args)
     print(describe(data, make_split(data, args)))
     if args.from_folder:
         by_identity = args.forget == "identities"

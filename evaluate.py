@@ -302,13 +302,14 @@ def search(start: dict, distance, nothing, args, partial=None, most=()) -> tuple
     while length and len(tried) < args.tries:
         before = place
         for flag, way in itertools.product(start, (length, -length)):
-            better = True
-            while better:
+            grows = flag == first and way * stronger > 0  # the step size, towards doing more
+            while True:
                 new = place | {flag: place[flag] + way}
-                found, up = measured(new), flag == first and way * stronger > 0
-                changes = values_at(new) != values_at(place)
-                better = changes and (found < least or (up and found == least < math.inf))
-                place, least = (new, found) if better else (place, least)
+                found = measured(new)
+                too_small = grows and found == least < math.inf  # to change anything
+                if values_at(new) == values_at(place) or not (found < least or too_small):
+                    break
+                place, least = new, found
         length = length if place != before else length // 2
     best, open_ends = values_at(place), []
     for flag, value in best.items():
@@ -471,9 +472,7 @@ def report(name, model, rows, seconds, access, flags, data, split, args, **more)
 
 
 NAMES = {"original": "Trained", "retrained": "Retrained (gold)"}
-NAMES |= {"ascent": "1 ascent step on S", "ft": "FT, same batches"}
-
-
+NAMES |= {"ascent": "1 ascent step on S"}
 _SETS = "D_f: forgotten images; D_r: the other training images; "
 _LOST = "lost: score (x 100) lost on D_f, and mean +- deviation over a control, 20 sets of "
 IDENTITY_LEGEND = f"""{_SETS}D_te: test images; ToW: 100 where all three scores are Retrained's.
@@ -492,7 +491,7 @@ def show(results: dict) -> dict:
         for name, row in result["metrics"].items():
             rows[label if name == "unlearned" else name] = row
         took = result["seconds"]
-        seconds |= {"retrained": took.get("retrain"), "ft": took.get("ft")}
+        seconds["retrained"] = took.get("retrain")
         seconds[label] = took["unlearn"] + took.get("mi_models", 0)
     random = all("mi" in row for row in rows.values())
     lines = gap_lines(rows, seconds) if random else score_lines(rows, result["metric"])

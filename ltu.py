@@ -17,9 +17,7 @@ step, rho share of D_r at hand, D_r_hat that share, D_f / D_r / D_v / D_te forge
 validation and test sets, k images a set, z_1..z_3 samplers, K MI models (in shapes: K outputs).
 
 No official code exists. Where the paper is silent this is what we do:
-    1. Random labels are uniform over all classes, the true one included, drawn anew each iteration.
-       Attributes, whose labels are not independent coin flips, get the label vector of a random
-       image of D_r_hat.
+    1. Random labels (data.random_labels) are drawn anew each iteration.
     2. The feature extractor F of Eq. (8) is the original model before its classifier.
     3. I of Eq. (9) is one-hot, or the attribute vector; of equally near images one is random.
     4. S and D_Au are the same k images of D_f; z_1 and z_2 look for their neighbours. Q_1..Q_3 go
@@ -41,7 +39,6 @@ No official code exists. Where the paper is silent this is what we do:
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -75,33 +72,32 @@ MI_STEPS = 500  # Adam steps that train each MI model; ours, the paper is silent
 SEARCHED = ("beta", "alpha", "passes")  # by --search, the step size first
 # The flags that an interrupted run must share with its continuation.
 METHOD_FLAGS = ("alpha", "beta", "passes", "support_size", "mi_models", "rho", "combine")
-METHOD_FLAGS += ("forfeed", "remfeed", "metaopt", "first_order")
+METHOD_FLAGS += ("forfeed", "remfeed", "metaopt")
 
 # --------------------------------------------------------------------------------------------------
 # Sec. 3.1, meta optimisation
 
 
-def meta_gradient(tune_loss, test_loss, theta: dict, alpha: float, first_order=False) -> tuple:
+def meta_gradient(tune_loss, test_loss, theta: dict, alpha: float) -> tuple:
     """grad_theta [ L_tune(theta) + sum_i L_test^i(theta_tau) ], the gradient in Eq. (5), exact.
 
     theta_tau = theta - alpha grad L_tune(theta). tune_loss and test_loss map parameters
     {name: tensor} to a loss (), the latter summed over query sets. By the chain rule the gradient
     is g_tune + (I - alpha H) v with v = grad L_test at theta_tau and H the Hessian of L_tune at
-    theta, so only the support batch carries a second-order graph. first_order leaves H out.
-    Returns (gradient as a list, L_tune, L_test); used for both feedbacks.
+    theta, so only the support batch carries a second-order graph. Returns (gradient as a list,
+    L_tune, L_test); used for both feedbacks.
     """
     leaf = {k: p.detach().requires_grad_() for k, p in theta.items()}
-    second_order = alpha > 0 and not first_order
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         L_tune = tune_loss(leaf)  # Eq. (1)
-        every = dict(create_graph=second_order, materialize_grads=True)
+        every = dict(create_graph=alpha > 0, materialize_grads=True)
         g_tune = torch.autograd.grad(L_tune, list(leaf.values()), **every)
     pairs = zip(leaf.items(), g_tune, strict=True)
     theta_tau = {k: (p - alpha * g).detach().requires_grad_() for (k, p), g in pairs}  # Eq. (2)
     L_test = test_loss(theta_tau)  # Eq. (3), summed
     v = torch.autograd.grad(L_test, list(theta_tau.values()), materialize_grads=True)
     gradient = [g + w for g, w in zip(g_tune, v, strict=True)]
-    if second_order:
+    if alpha > 0:
         H_v = torch.autograd.grad(g_tune, list(leaf.values()), v, materialize_grads=True)
         gradient = [g - alpha * h for g, h in zip(gradient, H_v, strict=True)]
     return [g.detach() for g in gradient], L_tune.item(), L_test.item()  # of Eq. (4)
@@ -132,17 +128,17 @@ def by_label(data, seen: Tensor) -> tuple:
 def z_2(labels: Tensor, groups: tuple, rng: torch.Generator) -> Tensor:
     """Eq. (9): for each of k labels an image of D_r_hat with the nearest label vector.
 
-    labels (k, K) are vectors of 0 and 1 (one-hot or attributes), so squared distances are whole
-    numbers and may be equal; of all images equally near one is random. groups: see by_label.
-    Returns indices (k,).
+    labels: (k, K), vectors of 0 and 1, so that squared distances are whole numbers and may be
+    equal. groups: see by_label. Returns indices (k,).
     """
     vectors, count, images = groups
     distance = labels.sum(1)[:, None] + vectors.sum(1) - 2 * labels @ vectors.T  # (k, u)
     near = distance == distance.amin(1, keepdim=True)
-    until = (near * count).cumsum(1)  # (k, u): equally near images up to and with each group
-    drawn = (torch.rand(len(labels), generator=rng) * until[:, -1]).long()[:, None]  # (k, 1)
-    group = torch.searchsorted(until, drawn, right=True)
-    return images[count.cumsum(0)[group] - until.gather(1, group) + drawn][:, 0]
+    ends = (near * count).cumsum(1)  # (k, u): equally near images up to and with each group
+    number = (torch.rand(len(labels), generator=rng) * ends[:, -1]).long()[:, None]  # (k, 1)
+    group = torch.searchsorted(ends, number, right=True)  # the group that holds this image
+    to_its_end = ends.gather(1, group) - number
+    return images[count.cumsum(0)[group] - to_its_end][:, 0]  # `images` lie group by group
 
 
 def z_3(seen: Tensor, k: int, rng: torch.Generator) -> Tensor:
@@ -158,26 +154,25 @@ def label_vectors(data, indices) -> Tensor:
     return targets if targets.ndim == 2 else F.one_hot(targets, data["classes"]).float()
 
 
-def draw_batch(data, forget: Tensor, seen: Tensor, z_1, groups, t: int, args, sets="SQ") -> dict:
+def draw_batch(data, forget: Tensor, seen: Tensor, z_1, groups, t: int, args) -> dict:
     """S and D_Au (the same k images of D_f), Q_1..Q_3 and two MI models of iteration t.
 
     seen: indices of D_r_hat; z_1, groups: of z_1_table and by_label. Returns S (k, 3, H, W) with
-    y_rand and its true labels y; Q (3k, ...) with y_Q; attacks (i, j); iteration; indices. sets:
-    whose images are read, S or Q or both. All of it depends on --seed and t alone, so that resuming
-    equals never having stopped.
+    y_rand and its true labels y; Q (3k, ...) with y_Q, where t remembers; attacks (i, j);
+    iteration; indices. All of it depends on --seed and t alone, so that resuming equals never
+    having stopped.
     """
-    rng = generator(args.seed, t, 8)
+    rng, (remember, _) = generator(args.seed, t, 8), turns(t, args)
     k = min(args.support_size, len(forget))
     rows = torch.randperm(len(forget), generator=rng)[:k]
     S = forget[rows]
     drawn = z_2(label_vectors(data, S), groups, rng), z_3(seen, k, rng)
-    Q = torch.cat([z_1[rows], *drawn]) if "Q" in sets else S[:0]  # (3k,)
+    Q = torch.cat([z_1[rows], *drawn]) if remember else S[:0]  # (3k,)
     batch = {"iteration": t, "y_rand": random_labels(data, seen, k, rng), "indices": (S, Q)}
     batch["attacks"] = torch.randperm(args.mi_models, generator=rng)[:2].tolist()  # i != j
-    if "S" in sets:
-        # raw_batch's channels_last makes the double backward of batch norm slow (measured on CPUs).
-        batch["S"] = augmented(data, S, args, rng).contiguous()
-    if "Q" in sets:
+    # raw_batch's channels_last makes the double backward of batch norm slow (measured on CPUs).
+    batch["S"] = augmented(data, S, args, rng).contiguous()
+    if remember:
         batch["Q"] = augmented(data, Q, args, rng)
     return batch | {"y": targets_of(data, S), "y_Q": targets_of(data, Q)}
 
@@ -252,12 +247,10 @@ class MIModel(nn.Module):
 def mi_models(model, data, split, seen, args) -> tuple[list[MIModel], list[dict]]:
     """Train K MI models on the original model's outputs; returns them and how well each does.
 
-    Members come from D_r_hat, non-members from D_v, as many of each. The models differ in input and
-    architecture (signals, MIModel) and, each on a bootstrap of its own, in training data. None is
-    the SVC that MI is measured with, but its feature, the label's probability, is among their
-    inputs; none sees D_f or the test set. A model trained too little can
-    end with its sign inverted (measured), so the balanced accuracy of each is reported on what its
-    bootstrap left out.
+    As many members as non-members, each model on a bootstrap of its own. None is the SVC that MI is
+    measured with, but its feature, the label's probability, is among their inputs; none sees D_f or
+    the test set. A model trained too little can end with its sign inverted (measured), so the
+    balanced accuracy of each is reported on what its bootstrap left out.
     """
     rng = np.random.default_rng([args.seed, args.split_seed, 7])
     sets = {"in": seen, "out": split["val"]}
@@ -345,29 +338,21 @@ def forward(student, theta: dict, images: Tensor, amp=False, moves_statistics=Fa
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def query_loss(student, theta, batch: dict, args) -> Tensor:
-    """sum_i L(theta, Q_i) of Eq. (3): N times the mean of the joined batch is the sum of N means.
-
-    It is the one pass that moves batch norm's statistics.
-    """
-    logits = forward(student, theta, batch["Q"], args.amp, moves_statistics=True)
-    return N * task_losses(logits, batch["y_Q"]).mean()  # Q_i of Eq. (7)
-
-
 def remembering(student, theta, batch: dict, alpha: float, args) -> tuple[list[Tensor], dict]:
     """g_r of the remembering feedback, Eq. (5), and its losses."""
 
     def support_loss(theta):  # Eq. (1), with S of Eq. (6)
         return task_losses(forward(student, theta, batch["S"]), batch["y_rand"]).mean()
 
-    def test_loss(theta):  # Eq. (3), with Q of Eq. (7)
-        return query_loss(student, theta, batch, args)
+    def test_loss(theta):  # Eq. (3), with Q_i of Eq. (7); the one pass that moves the statistics
+        logits = forward(student, theta, batch["Q"], args.amp, moves_statistics=True)
+        return N * task_losses(logits, batch["y_Q"]).mean()  # the sum of N means
 
-    g_r, tune, test = meta_gradient(support_loss, test_loss, theta, alpha, args.first_order)
+    g_r, tune, test = meta_gradient(support_loss, test_loss, theta, alpha)
     return g_r, {"tune": tune, "test": test}
 
 
-def forgetting(student, theta, batch: dict, attacks, alpha, args) -> tuple[list[Tensor], dict]:
+def forgetting(student, theta, batch: dict, attacks, alpha) -> tuple[list[Tensor], dict]:
     """g_f of the forgetting feedback: one MI model is the support set, another the query set."""
     non_member = torch.zeros(len(batch["S"]), device=batch["S"].device)
     i, j = batch["attacks"]
@@ -382,7 +367,7 @@ def forgetting(student, theta, batch: dict, attacks, alpha, args) -> tuple[list[
     def test_loss(theta):
         return audit(theta, attacks[j])
 
-    g_f, tune, test = meta_gradient(support_loss, test_loss, theta, alpha, args.first_order)
+    g_f, tune, test = meta_gradient(support_loss, test_loss, theta, alpha)
     return g_f, {"mi_tune": tune, "mi_test": test}
 
 
@@ -400,7 +385,7 @@ def iteration(student, theta, batch: dict, attacks, args) -> tuple[list[Tensor],
     g_r, told = remembering(student, theta, batch, alpha, args) if remember else (None, {})
     if not forget:
         return g_r, told
-    g_f, audited = forgetting(student, theta, batch, attacks, alpha, args)
+    g_f, audited = forgetting(student, theta, batch, attacks, alpha)
     if not remember:
         return g_f, audited
     projected, cosine = harmonize(g_r, g_f)
@@ -408,20 +393,11 @@ def iteration(student, theta, batch: dict, attacks, args) -> tuple[list[Tensor],
     return [r + f for r, f in zip(g_r, added, strict=True)], told | audited | {"cosine": cosine}
 
 
-def plain_gradient(student, theta, batch: dict, args) -> tuple[list[Tensor], dict]:
-    """FT, the bar beside LTU: the gradient of the query losses alone, at theta."""
-    leaf = {k: p.detach().requires_grad_() for k, p in theta.items()}
-    L = query_loss(student, leaf, batch, args)
-    G = torch.autograd.grad(L, list(leaf.values()), materialize_grads=True)
-    return G, {"test": L.item()}
-
-
-def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu"):
+def unlearn(model, data, split, seen, attacks, args, partial=None) -> tuple:
     """LTU on a copy of model, reading D_f and D_r_hat (`seen`); attacks (mi_models) have read D_v.
 
-    method "ft" is the bar beside it, plain_gradient. partial: where to save progress for --resume.
-    Returns the copy, a log with the losses of each iteration, and the seconds. Raises SystemExit(2)
-    at a step that diverges.
+    partial: where to save progress for --resume. Returns the copy, a log with the losses of each
+    iteration, and the seconds. Raises SystemExit(2) at a step that diverges.
     """
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits move g_f by 1 to 21 % (emulated)
     student, device = copy.deepcopy(model).train(), data["device"]
@@ -429,10 +405,9 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
     before = data.get("read", 0)
     theta = {k: p.detach() for k, p in student.named_parameters()}  # shares its memory with student
     forget, seen = torch.tensor(split["forget"]), torch.tensor(seen)
-    remembers = args.remfeed or method == "ft"
-    z_1 = z_1_table(model, data, forget, seen, args.amp) if remembers else None
+    z_1 = z_1_table(model, data, forget, seen, args.amp) if args.remfeed else None
     groups = by_label(data, seen)
-    identity = {"split": split["hash"], "method": method, "images": len(seen)}
+    identity = {"split": split["hash"], "images": len(seen)}
     identity |= {flag: getattr(args, flag) for flag in METHOD_FLAGS}
     first, log = 0, []
     if partial and args.resume and partial.is_file():
@@ -440,19 +415,15 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
         student.load_state_dict(saved["model"])
         first, log, begin = saved["iteration"] + 1, saved["log"], begin - saved["seconds"]
         data["read"] = before + saved["read"]
-        say(f"{method}: resuming after iteration {first}")
+        say(f"ltu: resuming after iteration {first}")
     k = min(args.support_size, len(forget))
     total = 2 if args.dry_run else max(1, round(args.passes * len(forget) / k))
 
     for t in range(first, total):
-        sets = "Q" if method == "ft" else "SQ" if turns(t, args)[0] else "S"
-        batch = draw_batch(data, forget, seen, z_1, groups, t, args, sets)
+        batch = draw_batch(data, forget, seen, z_1, groups, t, args)
         with torch.random.fork_rng():  # dropout draws from the global generator
             torch.manual_seed(generator(args.seed, t, 8, 1).initial_seed())
-            if method == "ft":
-                G, told = plain_gradient(student, theta, batch, args)
-            else:
-                G, told = iteration(student, theta, batch, attacks, args)
+            G, told = iteration(student, theta, batch, attacks, args)
         beta = args.beta * 0.5 * (1 + math.cos(math.pi * t / total))
         with torch.no_grad():
             for p, g in zip(theta.values(), G, strict=True):
@@ -461,13 +432,13 @@ def unlearn(model, data, split, seen, attacks, args, partial=None, method="ltu")
         finite = all(torch.isfinite(x).all() for x in student.state_dict().values())
         if not loss < 1e4 or not finite:  # far above any loss of a model that still works
             advice = f"lower --beta ({args.beta}) or --alpha ({args.alpha})"
-            fail(f"{method}: iteration {t + 1} diverged (loss {loss:g}); {advice}")
+            fail(f"ltu: iteration {t + 1} diverged (loss {loss:g}); {advice}")
         log.append(told)
         now = clock(device)
         due = now - kept >= common.PARTIAL_EVERY
         if due or (t + 1) % max(1, total // 5) == 0:
             said = ", ".join(f"{name} {value:.3f}" for name, value in told.items())
-            say(f"{method} iteration {t + 1}/{total}: {said}")
+            say(f"ltu iteration {t + 1}/{total}: {said}")
         if due:
             kept = now
             if partial:
@@ -528,7 +499,6 @@ def parse_args(argv=None):
     add("--no-remfeed", action="store_false", dest="remfeed",
         help="no remembering feedback; Table 3")
     add("--no-metaopt", action="store_false", dest="metaopt", help="all losses at theta; Table 3")
-    add("--first-order", action="store_true", help="leave the Hessian out of Eq. (5)")
     add("--search", action="store_true",
         help="first choose beta, alpha and passes, those that are not given, on validation data")
     add("--like", metavar="RUN", default="",
@@ -614,8 +584,6 @@ def label_of(args) -> str:
     parts = {"forfeed": "w/o ForFeed", "remfeed": "w/o RemFeed", "metaopt": "w/o MetaOpt"}
     words = ["LTU", *(text for flag, text in parts.items() if not getattr(args, flag))]
     words += {"project": [], "add": ["w/ GradAdd"], "iterative": ["w/ Iterative"]}[args.combine]
-    if args.first_order:
-        words.append("1st order")
     words += [f"(flags of {args.like})"] if args.like else []
     return " ".join(words)
 
@@ -676,12 +644,8 @@ def main(argv=None):
     have = (model, data, split, at_hand, attacks, args)
     unlearned, log, seconds["unlearn"] = unlearn(*have, partial)
     more["passes"] = (data["read"] - read) / (len(split["retain"]) + len(split["forget"]))
-    models = {"original": model, "retrained": gold}
-    with contextlib.suppress(SystemExit):  # where the bar diverges, LTU's model is not lost
-        models["ft"], _, seconds["ft"] = unlearn(*have, method="ft")
-    models["unlearned"] = unlearned
 
-    begin = clock(device)
+    begin, models = clock(device), {"original": model, "retrained": gold, "unlearned": unlearned}
     rows = evaluate.measure_all(models, data, split, args, seen)
     seconds["evaluate"] = clock(device) - begin
     access = {"unlearning": [*reads, "val"] if args.forfeed else reads}
@@ -689,9 +653,8 @@ def main(argv=None):
         of_D_r = "retain" if args.forget == "identities" else reads[1]
         access["choosing flags"] = ["forget", of_D_r, "val"]
     more |= dict(conflicts=conflicts_in(log), mi_models=mi_report, log=log)
-    result = evaluate.report(
-        name, unlearned, rows, seconds, access, flags, data, split, args, **more
-    )
+    about = name, unlearned, rows, seconds, access, flags, data, split, args
+    result = evaluate.report(*about, **more)
     partial.unlink(missing_ok=True)
     say_if_damaged(rows)
     return evaluate.show({label: result})

@@ -135,8 +135,7 @@ class MetaLoss(nn.Module):
     def direction(self, theta: dict, gradient) -> list[Tensor]:
         """The gradient, a tensor for each of theta; with --natural (I + F / damping)^-1 gradient.
 
-        Ours. A symmetric linear map: directions without Fisher information keep their length,
-        others become shorter, and what F does not hold (baselines.natural) is 0.
+        A symmetric linear map. What F does not hold (baselines.natural) is 0.
         """
         if self.fisher is None:
             return list(gradient)
@@ -308,15 +307,15 @@ def request_sets(split: dict, support, forget, args, rng) -> list[dict]:
     One dictionary, with all of D_f or --forget-images of it; with --preset code one for each pair
     of 64 images.
     """
-    code, sets = args.preset == "code", []
-    everyone = split["retain"] + split["forget"]
+    sets, everyone = [], split["retain"] + split["forget"]
     # D_r of the request, Alg. 1 line 4. Taken before --forget-images thins D_f, or the images of
     # D_f that it leaves out would count as retained.
     others = np.setdiff1d(everyone, np.concatenate([support, forget]))
     if 0 < args.forget_images < len(forget):
         forget = rng.choice(forget, args.forget_images, replace=False)
-    size = PAIR if code else len(forget)
-    many = PAIR if code else args.val_images or len(split["val"])
+    size, many = len(forget), args.val_images or len(split["val"])
+    if args.preset == "code":
+        size = many = PAIR
     for start in range(0, len(forget), size):
         own = forget[start : start + size]
         v = rng.choice(split["val"], min(many, len(split["val"])), replace=False)
@@ -335,12 +334,11 @@ def auxiliary(f, theta_u: dict, sets: list[dict], data, original: dict, args) ->
             L[name], logits = mean_loss(name, f, theta_u, data, part[name], original, args)
             if name != "r":
                 mAP[name] = score(logits, targets_of(data, part[name]))
-        if args.preset == "code":  # over the pair's own images, not over all of D_v
+        L["v0"], mAP["v0"] = original["v0"]  # of all of D_v
+        if args.preset == "code":  # over the pair's own images
             targets = targets_of(data, part["v"])
             logits_0 = original["logits"][part["v"]].to(targets.device)
             L["v0"], mAP["v0"] = task_losses(logits_0, targets).mean(), score(logits_0, targets)
-        else:
-            L["v0"], mAP["v0"] = original["v0"]
         total = total + part["weight"] * auxiliary_loss(L, mAP, args)
     return total
 
@@ -368,9 +366,8 @@ def mean_loss(name: str, f, theta_u: dict, data, indices, original: dict, args) 
         total = total + mean.detach()
         found.append(logits.detach())
     if gradient:
-        pairs = zip(theta_u.values(), gradient, strict=True)
-        slope = sum(torch.dot(p.flatten(), g.flatten()) for p, g in pairs)
-        total = total + (slope - slope.detach())  # in this order: the bracket is exactly 0
+        for p, g in zip(theta_u.values(), gradient, strict=True):
+            total = total + (g * (p - p.detach())).sum()  # adds exactly 0, with gradient g
     return total, torch.cat(found)
 
 
@@ -864,14 +861,11 @@ def main(argv=None):
         sys.path.insert(0, str(pathlib.Path(__file__).parent / "tests"))
         from check_gradient import check_gradient
 
-        found = check_gradient(train("original", data, split, args)[0], data, split, args)
-        common.stop_processes()
-        return found
+        return check_gradient(train("original", data, split, args)[0], data, split, args)
     result = evaluate.earlier_result(name, args, flags, split)
     result = result or unlearn_and_report(name, flags, data, split, args)
     if result:
         evaluate.show({label: result})
-    common.stop_processes()
     return result
 
 

@@ -267,7 +267,6 @@ def main(argv=None):
         found = {name: predict(model, data, split[name], args.amp) for name in ("retain", "forget")}
         scores = {name: 100 * score(z, data["targets"][split[name]]) for name, z in found.items()}
         say(f"{which}:", ", ".join(f"{name} {value:.1f}" for name, value in scores.items()))
-    common.stop_processes()
 
 
 if __name__ == "__main__":

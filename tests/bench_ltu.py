@@ -3,9 +3,9 @@
     python tests/bench_ltu.py --model resnet18 --size 32 --k 64
 
 Each round times all in turn: the plain first-order passes over the same batches (no method can
-avoid them), LTU's iteration without and with second order, and LTU's passes at training speed: 3 k
-images for Q_1..Q_3 by --amp's precision, and in float32 3 k for S and 2 k for each of two products
-with a Hessian. Medians.
+avoid them), LTU's iteration without (--no-metaopt) and with second order, and LTU's passes at
+training speed: 3 k images for Q_1..Q_3 by --amp's precision, and in float32 3 k for S and 2 k for
+each of two products with a Hessian. Medians.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import common
 import ltu as L
 
 
-def plain_passes(tune_loss, test_loss, theta, alpha, first_order):
+def plain_passes(tune_loss, test_loss, theta, alpha):
     """In place of ltu.meta_gradient: the gradient of each loss at theta, and nothing else."""
     for loss in (tune_loss, test_loss):
         leaf = {n: p.detach().requires_grad_() for n, p in theta.items()}
@@ -59,7 +59,7 @@ def bench_iteration(model, k: int, size: int, rounds: int, device, amp: bool):
         inputs = L.signals(kind, torch.zeros(1, 10), labels[:1]).shape[1]
         attacks.append(L.MIModel(kind, inputs).to(device).requires_grad_(False))
     theta = {name: p.detach() for name, p in model.named_parameters()}
-    ways = {"first-order passes": plain_passes, "LTU --first-order": exact, "LTU, exact": exact}
+    ways = {"first-order passes": plain_passes, "LTU --no-metaopt": exact, "LTU, exact": exact}
     at_training_speed = "passes at training speed"
     for _ in range(rounds + 1):
         begin = now(device)
@@ -70,12 +70,12 @@ def bench_iteration(model, k: int, size: int, rounds: int, device, amp: bool):
         taken.setdefault(at_training_speed, []).append(seconds)
         peak[at_training_speed] = 0
         for way, L.meta_gradient in ways.items():
-            args.first_order, begin = way == "LTU --first-order", now(device)
+            args.metaopt, begin = way == "LTU, exact", now(device)
             if L.meta_gradient is exact:
                 L.iteration(model, theta, batch, attacks, args)
             else:  # without harmonisation
                 L.remembering(model, theta, batch, args.alpha, args)
-                L.forgetting(model, theta, batch, attacks, args.alpha, args)
+                L.forgetting(model, theta, batch, attacks, args.alpha)
             peak[way] = torch.cuda.max_memory_allocated() / 2**20  # 0 on a CPU
             taken.setdefault(way, []).append(now(device) - begin)
     base = np.array(taken["first-order passes"])[1:]  # the first round warms up

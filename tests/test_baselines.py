@@ -808,13 +808,10 @@ def test_a_method_is_handed_its_sets_and_s_or_all_pictures(whole, monkeypatch):
         assert evaluate.flags_of(args)["all_pictures"] == whole
 
 
-def test_a_dry_run_keeps_something_beside_d_f():
-    """Data sorted by class: the first 64 images of D may all be of the class to forget."""
+def test_statistics_are_of_all_of_d_whatever_rho():
     split = {"forget": list(range(100)), "retain": list(range(100, 300))}
-    args = B.parse_args(["--dry-run", "--rho", "0.5"])
-    assert B.sets_of(split, args)["statistics"].tolist() == [*range(64), *range(100, 164)]
-    args.dry_run = False
-    assert B.sets_of(split, args)["statistics"].tolist() == list(range(300))  # D, whatever rho
+    sets = B.sets_of(split, B.parse_args(["--rho", "0.5"]))
+    assert sets["statistics"].tolist() == list(range(300)) and len(sets["retain"]) == 100
 
 
 def test_a_simulated_request_has_d_r_without_its_people():

@@ -392,8 +392,8 @@ TREES = {
 
 @pytest.mark.parametrize("tree", TREES)
 def test_reader_keeps_image_labels_and_identity_together(tree, tmp_path, capsys):
-    """300 images take more than one block to decode; --annotations-only needs none of them."""
-    (make, pictures), dataset = TREES[tree], tree.split()[0]
+    """300 images take more than one block to decode."""
+    make, dataset = TREES[tree][0], tree.split()[0]
     names, digits = make(tmp_path, 300)
     d = data.load(args_of(dataset, tmp_path))
     assert d["images"].shape == (300, 8, 8, 3) and d["images"].dtype == torch.uint8
@@ -408,9 +408,7 @@ def test_reader_keeps_image_labels_and_identity_together(tree, tmp_path, capsys)
     assert abs(batch.numpy() - colours[[299, 3]][:, :, None, None] / 255).max() < 0.04
     assert np.array_equal(data.targets_of(d, [299, 3]).numpy(), digits[[299, 3]])
     make(tmp_path / "60", 60)
-    shutil.rmtree(tmp_path / "60" / pictures)
-    flags = ["--data-dir", str(tmp_path / "60"), "--ids", "4", "--annotations-only"]
-    data.main(["--dataset", dataset, *flags])
+    data.main(["--dataset", dataset, "--data-dir", str(tmp_path / "60"), "--ids", "4"])
     said = "60 images of 30 identities (18 for training); D_r 28, D_f 4, S 4, D_v 12, D_te 12"
     assert said in capsys.readouterr().out
 
@@ -522,8 +520,6 @@ def test_missing_dataset_explains_itself(tmp_path, capsys, monkeypatch):
         assert "python metaunlearn.py --dataset toyfaces, python ltu.py --dataset d" in message
         assert not any((tmp_path / root / "prepared").iterdir())
     refused(capsys, "celebahq", data.load, args_of("celebhq", tmp_path))  # lists the names
-    annotations = ["--dataset", "celeba", "--annotations-only", "--forget", "random"]
-    refused(capsys, "--forget identities", data.main, annotations)
     make_celebahq(tmp_path)
     lines = (tmp_path / mapping).read_text().splitlines()
     write_lines(tmp_path / mapping, lines[:-1])

@@ -224,7 +224,7 @@ MUTANTS = {
         "losses.mean() / -(-len(indices) // args.meta_batch_size)"),
     "gradient of the last part only": ("torch._foreach_add(gradient, own) if gradient else", ""),
     "value of the last part only": ("total + mean.detach()", "mean.detach()"),
-    "the slope in the value": ("(slope - slope.detach())", "slope"),
+    "the slope in the value": ("(g * (p - p.detach()))", "(g * p)"),
     "tangent at the wrong point": ("(theta,), (tangent,))", "(theta_u,), (tangent,))"),
     "no gradient through the validation loss": ('"v" and args.preset == "code"', '"v"'),
     "gradient through it in the authors' code": ('"v" and args.preset == "code"', '"" '),
@@ -692,7 +692,7 @@ def test_a_result_that_is_there_is_shown_or_kept(copied, trained, tmp_path, caps
     path = tmp_path / "out" / "small-ids4-split0" / "metaunlearn-paper-seed0.json"
     written, other = path.read_bytes(), [*copied, "--eta", "0.2"]
     with monkeypatch.context() as patch:
-        patch.setattr(M, "open_data", None)  # nothing is read, let alone trained
+        patch.setattr(M, "train_both", None)  # nothing is trained
         assert M.main([*copied, "--seed", "0"]) == trained.result
         assert "METAUNLEARN paper" in capsys.readouterr().out
         refused(capsys, "was made with --eta 0.1", M.main, other)
