@@ -59,6 +59,10 @@ def guarded(main):
         fail(f"not enough memory ({reason}); lower the batch, image or model size")
     except FloatingPointError as error:
         fail(str(error))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch's, on maps of one pixel
+            raise
+        fail("batch norm needs two images in a batch; forget more, or choose a ViT with --model")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

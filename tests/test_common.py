@@ -440,8 +440,14 @@ def test_what_stops_a_script_ends_in_one_line(error, capsys):
     code, words = STOPS[error]
     line = capsys.readouterr().err
     assert end.value.code == code and line.startswith(words) and line.count("\n") == 1
-    with pytest.raises(RuntimeError, match="a mistake"):  # the code's own keep their traceback
-        common.guarded(functools.partial(stop, RuntimeError("a mistake")))
+    for own in (RuntimeError, ValueError):  # the code's own mistakes keep their traceback
+        with pytest.raises(own, match="a mistake"):
+            common.guarded(functools.partial(stop, own("a mistake")))
+
+
+def test_one_image_and_batch_norm_end_in_one_line(capsys):
+    norm = functools.partial(torch.nn.BatchNorm2d(2), torch.zeros(1, 2, 1, 1))  # torch's own words
+    refused(capsys, "forget more, or choose a ViT", common.guarded, norm)
 
 
 def test_a_full_disk_is_named_by_its_file(tmp_path, capsys, monkeypatch):
