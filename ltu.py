@@ -58,7 +58,7 @@ from train import PRESETS as TRAINING_PRESETS
 from train import add_recipe_arguments, checkpoint_folder, open_data, train_both
 
 # What --dataset brings along; a flag on the command line wins. digits: searched, see
-# results/README.md; the others are starting points, not tuned at full size.
+# results/LOG.md; the others are starting points, not tuned at full size.
 _DATASETS = {
     "digits": dict(alpha=0.2, beta=0.01, passes=32, support_size=64),
     "cifar10": dict(alpha=0.1, beta=0.1, passes=9.1, support_size=256),
