@@ -22,4 +22,5 @@ python baselines.py $one --method scrub --unlearn-lr 0.0158 --ascent-epochs 3 --
 python baselines.py $one --rho 0.3 --name rho0.3 --method ft --unlearn-lr 0.0316 --unlearn-epochs 3
 python baselines.py $one --rho 0.3 --name rho0.3 --method scrub --unlearn-lr 0.0158 --ascent-epochs 3 --unlearn-epochs 3
 python ltu.py $one --beta 0.0316 --passes 8 --no-metaopt --name no-metaopt-same # Table 3, with LTU's flags
+python ltu.py $one --beta 0.0316 --alpha 0.1 --passes 8 --no-forfeed --name no-forfeed-same
 python evaluate.py --pack results/cifar10-narrow-10.jsonl --results runs/cifar10-narrow/cifar10-random0.1-split*
