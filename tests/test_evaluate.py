@@ -347,7 +347,8 @@ def check_earlier_result(module, folder, capsys):
     assert earlier("--overwrite") is None and earlier("--seed", "1") is None
     line = refused(capsys, str(path), earlier, "--eta", "0.2", "--alpha", "0.5")
     assert "--alpha 0.001, not 0.5;" in line and "--name" in line and "--overwrite" in line
-    split["hash"] = "bbbb"
+    tries, split["hash"] = module.tries_path("m", args(), split), "bbbb"
+    assert module.tries_path("m", args(), split) != tries
     assert "other images (split aaaa, not bbbb); add" in refused(capsys, str(path), earlier)
     split["hash"] = "aaaa"
     assert "tries" not in flags and module.flags_of(args("--search", "--tries", "3"))["tries"] == 3
@@ -624,6 +625,7 @@ MUTANTS = {
     "wrong by the other share": ("(r[~at_hand], in_r[~", "(r[at_hand], in_r["),
     "mi with identities": ('by_identity, sets = "support" in split', "by_identity, sets = False"),
     "flags not compared": ("if was != now:", "if False:"),
+    "tries of other images": ("f\".{split['hash']}.tries\"", '".tries"'),
     "result of other images": ('if split_hash != split["hash"]:', "if False:"),
     "number of tries not compared": ('if vars(args).get("search") else', "if True else"),
     "--overwrite ignored": ("args.overwrite or not path.is_file()", "not path.is_file()"),
